@@ -1,0 +1,52 @@
+# keyturn needs Go and make, nothing else, to build and to test. What each
+# target needs beyond that stands beside it.
+
+GO        ?= go
+FUZZTIME  ?= 5s
+BENCHTIME ?= 1s
+
+LINT := bin/golangci-lint
+
+# Every build of the binary is the same on every machine: no C, no paths.
+BUILD := CGO_ENABLED=0 $(GO) build -trimpath
+
+.PHONY: build test race lint fmt fuzz bench e2e mutation clean help
+
+build: ## build bin/keyturn
+	$(BUILD) -o bin/keyturn ./cmd/keyturn
+
+test: ## run the unit, property and virtual-time tests
+	$(GO) test ./...
+
+race: ## the same under the race detector (needs a C compiler)
+	$(GO) test -race ./...
+
+lint: $(LINT) ## gofmt, go vet and golangci-lint (built once from tools/go.mod: minutes)
+	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "run make fmt:"; echo "$$unformatted"; exit 1; }
+	$(GO) vet ./...
+	$(GO) vet -tags e2e,mutation ./...
+	$(LINT) run ./...
+
+$(LINT): tools/go.mod tools/go.sum
+	cd tools && $(GO) build -o ../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+fmt: ## format all Go files
+	gofmt -w .
+
+fuzz: ## fuzz every target for FUZZTIME (5s)
+	tools/fuzz $(FUZZTIME)
+
+bench: ## run every benchmark for BENCHTIME (1s)
+	$(GO) test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) ./...
+
+e2e: ## the real binary in network namespaces (needs iproute2, and root or user namespaces)
+	$(GO) test -tags e2e -count 1 -timeout 15m ./e2e/
+
+mutation: ## take the rules of the protocol out one by one: a test must go red each time
+	$(GO) test -tags mutation -count 1 ./internal/rotation/...
+
+clean: ## remove what was built
+	rm -rf bin dist
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
