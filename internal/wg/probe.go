@@ -191,10 +191,12 @@ func plain(err error) error {
 	switch {
 	case !errors.As(err, &errno):
 		return err
+	case errno == unix.ENODEV:
+		return ErrNoDevice
 	case errno == unix.EDESTADDRREQ:
 		return fmt.Errorf("the peer's endpoint is not known: %w", errno)
 	case errno == unix.ENOKEY:
-		return fmt.Errorf("%w: %w", ErrNoPeer, errno)
+		return ErrNoPeer
 	}
 	return errno
 }

@@ -34,8 +34,9 @@ type system struct {
 	// not wait for a long dump.
 	dumps, writes *client
 
-	mu     sync.Mutex
-	routes []route // of the newest dump, so that a probe needs none of its own
+	mu     sync.Mutex // of what a probe takes from the newest dump, to need none of its own
+	peers  map[PublicKey]struct{}
+	routes []route
 }
 
 // Open returns the WireGuard interface of that name, which must exist and be
@@ -46,7 +47,7 @@ func Open(name string) (Device, error) {
 	if err := checkName(name); err != nil {
 		return nil, err
 	}
-	s := &system{name: name, dumps: newClient(), writes: newClient()}
+	s := &system{name: name, dumps: newClient(), writes: newClient(), peers: make(map[PublicKey]struct{})}
 	d, err := s.Dump()
 	if err != nil {
 		return nil, errors.Join(err, s.Close())
@@ -79,6 +80,10 @@ func (s *system) Dump() (*Dump, error) {
 		return nil, s.explain("read", err)
 	}
 	s.mu.Lock()
+	clear(s.peers)
+	for k := range d.Peers {
+		s.peers[k] = struct{}{}
+	}
 	s.routes = appendRoutes(s.routes[:0], d)
 	s.mu.Unlock()
 	return d, nil
@@ -107,9 +112,13 @@ func (s *system) SetPSK(peer PublicKey, key *psk.Key) error {
 // Probe implements Device.
 func (s *system) Probe(peer PublicKey) error {
 	s.mu.Lock()
+	_, known := s.peers[peer]
 	hosts := hostsOf(peer, s.routes)
 	s.mu.Unlock()
-	if len(hosts) == 0 {
+	switch {
+	case !known:
+		return ErrNoPeer
+	case len(hosts) == 0:
 		return ErrNoAddress
 	}
 	return sendProbe(s.name, hosts)
