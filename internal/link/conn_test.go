@@ -212,6 +212,13 @@ func TestWriteAfterPause(t *testing.T) {
 		go echo(srv)
 		exchange(t, client)
 		time.Sleep(3 * writeTimeout)
+		// As TLS does on its own when the other end asks for a new key.
+		if _, err := client.tls.Write(appendFrame(nil, []byte("x"))); err != nil {
+			t.Errorf("write past Send: %v", err)
+		}
+		if _, err := client.Receive(); err != nil {
+			t.Error(err)
+		}
 		exchange(t, client)
 	})
 }

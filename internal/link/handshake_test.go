@@ -50,7 +50,7 @@ func TestMutualAuthentication(t *testing.T) {
 	if state.Version != tls.VersionTLS13 || state.CurveID != tls.X25519MLKEM768 || state.DidResume {
 		t.Errorf("version %x, group %v, resumed %v", state.Version, state.CurveID, state.DidResume)
 	}
-	for _, size := range []int{1, 1000, MaxFrame} {
+	for _, size := range []int{1, 1000, MaxFrame, MaxFrame, MaxFrame} { // more than maxBeforeIdentity
 		sent := []byte(strings.Repeat("x", size))
 		for _, ends := range [][2]*Conn{{client, srv}, {srv, client}} {
 			if err := ends[0].Send(sent); err != nil {
@@ -131,9 +131,8 @@ func TestServerTurnsAway(t *testing.T) {
 			return io.EOF
 		}
 	}
-	// A handshake message of type certificate that announces 200,000 bytes
-	// would come after the key exchange; a client hello is as good to see
-	// that reading ends early.
+	// A client hello that announces 65,535 bytes, all of which Go's TLS would
+	// read and hold.
 	endless := "\x16\x03\x01\x40\x00\x01\x00\xff\xff" + strings.Repeat("a", 16380) +
 		strings.Repeat("\x16\x03\x01\x40\x00"+strings.Repeat("a", 16384), 2)
 
@@ -359,28 +358,8 @@ func TestClientTurnsAway(t *testing.T) {
 			_, err = c.Write(appendFrame(nil, frame))
 			return err
 		}, self.server, ErrUnknownPeer},
-		{"client's statement signed by the server's key", func(c *tls.Conn) error {
-			s, _, _, err := handshakeTLS(c)
-			if err != nil {
-				return err
-			}
-			if _, err := receiveProof(c); err != nil {
-				return err
-			}
-			s.signer, s.client, s.server = roleClient, peer.fingerprint, self.fingerprint
-			return sendProof(c, self, s)
-		}, self.server, ErrProof},
-		{"proof for another client", func(c *tls.Conn) error {
-			s, _, _, err := handshakeTLS(c)
-			if err != nil {
-				return err
-			}
-			if _, err := receiveProof(c); err != nil {
-				return err
-			}
-			s.signer, s.client, s.server = roleServer, other.fingerprint, self.fingerprint
-			return sendProof(c, self, s)
-		}, self.server, ErrProof},
+		{"client's statement signed by the server's key", proving(self, roleClient, peer), self.server, ErrProof},
+		{"proof for another client", proving(self, roleServer, other), self.server, ErrProof},
 		{"close in place of a proof", func(c *tls.Conn) error {
 			_, err := receiveProof(c)
 			return err
@@ -409,6 +388,21 @@ func serveAs(id *Identity) func(*tls.Conn) error {
 	return func(c *tls.Conn) error {
 		_, _, err := serverHandshake(c, id, func(Fingerprint) bool { return true })
 		return err
+	}
+}
+
+// proving answers any client with id's proof in that role towards that client.
+func proving(id *Identity, signer role, client *Identity) func(*tls.Conn) error {
+	return func(c *tls.Conn) error {
+		s, _, _, err := handshakeTLS(c)
+		if err != nil {
+			return err
+		}
+		if _, err := receiveProof(c); err != nil {
+			return err
+		}
+		s.signer, s.client, s.server = signer, client.fingerprint, id.fingerprint
+		return sendProof(c, id, s)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"runtime"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -314,6 +315,11 @@ func TestCloseDuringHandshake(t *testing.T) {
 		if took := time.Since(began); took != 0 {
 			t.Errorf("Close took %v", took)
 		}
+		b.mu.Lock()
+		if len(b.pending) != 0 {
+			t.Error("Close did not wait for the handshakes")
+		}
+		b.mu.Unlock()
 		for _, c := range []net.Conn{idle, halfway} {
 			if _, err := c.Read(make([]byte, 1)); err != io.EOF {
 				t.Errorf("the client sees %v", err)
@@ -332,14 +338,28 @@ func TestCloseDuringHandshake(t *testing.T) {
 // Pins can change while the listener runs.
 func TestKnownIsAskedEachTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBubble(t)
+		var pinned atomic.Pointer[Identity]
+		self, before, after := testIdentity(t, 1), testIdentity(t, 2), testIdentity(t, 3)
+		n := newNetwork()
+		l := NewListener(n, self, func(f Fingerprint) bool { return f == pinned.Load().fingerprint })
+		b := &bubble{Listener: l, network: n}
 		defer func() { _ = b.Close() }()
 		go b.echo()
-		stranger := testIdentity(t, 3)
-		_, err := Client(t.Context(), b.network.connect("192.0.2.1"), stranger, Pins{b.self.fingerprint})
-		wantIs(t, err, ErrRefused)
-		b.peer = stranger
-		wantIs(t, <-b.rejected, ErrUnknownPeer)
+		for _, now := range []*Identity{before, after} {
+			pinned.Store(now)
+			for _, b.peer = range []*Identity{before, after} {
+				c, err := b.dial(t, "192.0.2.1")
+				if b.peer != now {
+					wantIs(t, err, ErrRefused)
+					continue
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				exchange(t, c)
+				_ = c.Close()
+			}
+		}
 	})
 }
 
@@ -387,9 +407,6 @@ func BenchmarkIdleConn(b *testing.B) {
 			conns = append(conns, c)
 		}
 		_ = client.Send(make([]byte, 200)) // a heartbeat that goes round for ever
-		if len(conns) >= 1000 {
-			break
-		}
 	}
 	b.ReportMetric(float64(inUse()-before)/float64(len(conns)), "B/conn")
 	for _, c := range conns {
