@@ -97,7 +97,7 @@ func (f file) check() error {
 	case i.Size() == 0 && f.purpose != created:
 		return fmt.Errorf("%s is empty", name)
 	case f.purpose == secret && i.Mode().Perm()&0o077 != 0:
-		return bad("chmod 600 "+f.path, "others can read the secret %s (mode %#o)", name, i.Mode().Perm())
+		return bad("chmod 600 "+f.path, "others have access to the secret %s (mode %#o)", name, i.Mode().Perm())
 	}
 	return f.open()
 }

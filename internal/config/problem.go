@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"unicode"
+	"unicode/utf8"
 )
 
 // maxProblems bounds what one file can make us say.
@@ -90,9 +91,10 @@ func (d *document) problem(at position, hint, message string) Problem {
 	}
 	p.Line = min(max(at.line, 1), len(d.lines))
 	text := d.lines[p.Line-1]
-	p.Column = min(max(at.column, 1), len([]rune(text))+1)
+	end := utf8.RuneCountInString(text) + 1
+	p.Column = min(max(at.column, 1), end)
 	if at.line > len(d.lines) {
-		p.Column = len([]rune(text)) + 1
+		p.Column = end
 	}
 	p.Source = printable(text)
 	return p

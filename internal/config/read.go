@@ -230,7 +230,8 @@ func (r *reader) peer(n *yaml.Node) {
 	r.config.Peers = append(r.config.Peers, p)
 	r.sources(p, b, !noKMS && (b.given["kms"] || r.defaultKMS))
 	if p.Role == RoleClient && !b.given["address"] {
-		r.all = append(r.all, p.noAddress())
+		no := p.noAddress()
+		r.add(p.at["role"], no.Hint, "%s", no.Message)
 	}
 	r.unique(p)
 }
