@@ -162,6 +162,7 @@ func TestCrowdFromOneHost(t *testing.T) {
 				defer func() { _ = b.Close() }()
 				go b.echo()
 				peer := b.mustDial(t, crowd.from) // authenticated, so it does not count
+				synctest.Wait()                   // for it to leave its place
 				for range maxPendingPerHost {
 					b.network.connect(crowd.from)
 				}
@@ -198,6 +199,7 @@ func TestCrowdFromManyHosts(t *testing.T) {
 		defer func() { _ = b.Close() }()
 		go b.echo()
 		peer := b.mustDial(t, "192.0.2.1")
+		synctest.Wait() // for it to leave its place
 		first := b.network.connect("198.51.100.0")
 		for i := 1; i < maxPending; i++ {
 			b.network.connect(net.IPv4(198, 51, 100, byte(i)).String())
