@@ -135,28 +135,31 @@ func sae(s string) (string, error) {
 
 // knownKEM accepts the names of the KEMs that keyturn speaks, exactly: both
 // ends compare them as they are written.
-var knownKEM = oneOf("ML-KEM-512", "ML-KEM-768", "ML-KEM-1024")
-
-// key reads a public value of 32 bytes, written in the only canonical way.
-func key(what, hint string) func(string) ([32]byte, error) {
-	return func(s string) ([32]byte, error) {
-		b, err := base64.StdEncoding.Strict().DecodeString(s)
-		if len(s) != 44 || err != nil || len(b) != 32 {
-			message := fmt.Sprintf("%q is not %s: it should be 44 characters of base64", shorten(s, maxQuoted), what)
-			return [32]byte{}, &badValue{message: message, hint: hint, public: true}
-		}
-		k := [32]byte(b)
-		if k == [32]byte{} {
-			return k, &badValue{message: what + " cannot be all zeros", hint: hint, public: true}
-		}
-		return k, nil
-	}
+func knownKEM(s string) (string, error) {
+	return oneOf("ML-KEM-512", "ML-KEM-768", "ML-KEM-1024")(s)
 }
 
-var (
-	publicKey   = key("a WireGuard public key", "wg show INTERFACE public-key, at the other end")
-	fingerprint = key("a rotator's identity", "keyturn pubkey < identity.key, at the other end")
-)
+// key reads a public value of 32 bytes, written in the only canonical way.
+func key(s, what, hint string) ([32]byte, error) {
+	b, err := base64.StdEncoding.Strict().DecodeString(s)
+	if len(s) != 44 || err != nil || len(b) != 32 {
+		message := fmt.Sprintf("%q is not %s: it should be 44 characters of base64", shorten(s, maxQuoted), what)
+		return [32]byte{}, &badValue{message: message, hint: hint, public: true}
+	}
+	k := [32]byte(b)
+	if k == [32]byte{} {
+		return k, &badValue{message: what + " cannot be all zeros", hint: hint, public: true}
+	}
+	return k, nil
+}
+
+func publicKey(s string) ([32]byte, error) {
+	return key(s, "a WireGuard public key", "wg show INTERFACE public-key, at the other end")
+}
+
+func fingerprint(s string) ([32]byte, error) {
+	return key(s, "a rotator's identity", "keyturn pubkey < identity.key, at the other end")
+}
 
 // address reads host:port. The host may be empty, meaning all of this
 // machine's addresses, only where somebody listens.
