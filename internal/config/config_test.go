@@ -165,7 +165,7 @@ func TestTooLarge(t *testing.T) {
 
 func TestProblemsAreBounded(t *testing.T) {
 	data := []byte("{")
-	for i := range 100_000 {
+	for i := range 5_000 {
 		data = fmt.Appendf(data, "unknown%d: x,", i)
 	}
 	_, err := Parse("many.yaml", append(data, '}'))
