@@ -188,7 +188,7 @@ func (b *loopbackBind) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
 	if b.conn != nil {
 		return nil, 0, conn.ErrBindAlreadyOpen
 	}
-	c, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(loopback, port)))
+	c, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(loopback(), port)))
 	if err != nil {
 		return nil, 0, err
 	}
@@ -252,7 +252,7 @@ func (b *loopbackBind) ParseEndpoint(s string) (conn.Endpoint, error) {
 func (b *loopbackBind) SetMark(uint32) error { return nil }
 func (b *loopbackBind) BatchSize() int       { return 1 }
 
-var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+func loopback() netip.Addr { return netip.AddrFrom4([4]byte{127, 0, 0, 1}) }
 
 // lossy is a bind that loses the datagrams that drop chooses.
 type lossy struct {

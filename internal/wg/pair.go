@@ -117,7 +117,7 @@ func (p *Pair) configure(o PairOptions) error {
 		if !o.Loopback {
 			port = uint16(2 - i) // how bindtest names the other end's bind
 		}
-		endpoints[i] = netip.AddrPortFrom(loopback, port).String()
+		endpoints[i] = netip.AddrPortFrom(loopback(), port).String()
 	}
 	for i, e := range []*End{p.A, p.B} {
 		if err := e.addPeer(o.PSK, endpoints[1-i]); err != nil {
@@ -144,7 +144,9 @@ func (e *End) addPeer(key *psk.Key, endpoint string) error {
 
 // Handshake makes A start a handshake, also while the session is fresh, and
 // without losing a packet. WireGuard ignores it within five seconds of the
-// handshake message that A sent last.
+// handshake message that A sent last. That can be one it sent by itself: where
+// an answer comes at once, wireguard-go can arm the timer of its retry after
+// the answer, and makes one more handshake five seconds later.
 func (p *Pair) Handshake() error {
 	peer := p.A.device.device.LookupPeer(device.NoisePublicKey(p.B.public))
 	if peer == nil {
