@@ -1,0 +1,45 @@
+// Package e2e runs the real keyturn binary on hosts made of namespaces, with
+// userspace WireGuard. It holds tests alone, behind the build tag e2e:
+//
+//	make e2e                         # skips, saying why, where privileges are missing
+//	KEYTURN_E2E=required make e2e    # fails there
+//
+// # How it works
+//
+// The test binary plays three parts, told apart by KEYTURN_E2E_PART
+// (main_test.go):
+//
+//   - started by go test, it builds keyturn and runs itself again in a network
+//     and a mount namespace of its own (and a user namespace, unless root);
+//   - there, "the lab", the tests run. Each test makes its own bridge;
+//   - each host of a test is an init process, the test binary once more, in
+//     network, mount and PID namespaces of its own with an empty /run
+//     (init_test.go). Whoever kills it pulls the plug: all of the host's
+//     processes, devices and addresses are gone at once, and the directories
+//     of the host stay.
+//
+// host.in runs a function of the test on a thread inside a host's namespaces
+// (host_test.go). So sockets, wgctrl and commands of a host need no agent: a
+// socket or process stays where it was made. The init process holds the
+// WireGuard device, which keyturn and wg find as they find any userspace
+// device, and asks for a handshake when a test says so (device_test.go):
+// without loss, unlike every other way to provoke one. WireGuard lets 5 s
+// pass between two handshakes, so that is what a rotation costs.
+//
+// # What a test reads like
+//
+//	l := newLab(t)
+//	a, b := l.host("lisbon"), l.host("porto")
+//	connect(a, b)                      // wg0 at both ends, each other's peer
+//	pings := a.ping(b)                 // 50 a second, each answer accounted for
+//	a.handshake(b)                     // a new session; waits until both ends show it
+//	a.keyturn("up", config)            // runs a command on the host, fails the test if it fails
+//	a.fingerprint(b) == b.fingerprint(a)
+//	pings.stop().mustBeComplete(t)
+//
+// Every pre-shared key that a test reads is remembered by the lab, and when
+// the test ends the lab looks for each of them, raw, in base64 and in hex, in
+// all log files and in all output of commands. Tests handle fingerprints.
+//
+// Deadlines are real time: wait for conditions with eventually, never sleep.
+package e2e
