@@ -17,6 +17,7 @@ const Version = 1
 const (
 	MaxMessage     = 16 << 10 // bytes of an encoded message
 	MaxText        = 1 << 10  // bytes of any string: an SAE ID, a key ID, a reason
+	MaxName        = 64       // bytes of the name of a KEM
 	MaxKEMs        = 8        // KEMs of a tunnel
 	MaxBlob        = 4 << 10  // bytes of an encapsulation key or ciphertext
 	MaxHeld        = 64       // keys named in one message
@@ -54,8 +55,13 @@ type Parameters struct {
 	Initial psk.Fingerprint
 }
 
-// A Message is one of the types below.
-type Message interface{ kind() kind }
+// A Message is a pointer to one of the types below.
+type Message interface {
+	kind() kind
+	// fields hands every field to c, in the order of the encoding: one
+	// description for both directions, so that they cannot drift apart.
+	fields(c *coder)
+}
 
 // Init is the initialization message of a bootstrap (client to server).
 type Init struct {
@@ -63,7 +69,7 @@ type Init struct {
 	Boot       BootID
 	High       uint64 // the highest serial the client knows
 	Parameters Parameters
-	Held       []Named // every key the client holds
+	Held       []Named // every key the client holds; a set
 }
 
 // Difference is one parameter on which the two ends disagree.
@@ -79,8 +85,8 @@ type Ack struct {
 	Session     SessionID
 	Boot        BootID
 	High        uint64
-	Parameters  Parameters // the server's own, as the server sees them
-	Held        []Named
+	Parameters  Parameters   // the server's own, as the server sees them
+	Held        []Named      // every key the server holds; a set
 	Kept        bool         // buffered keys that both name are kept: a mere reconnect
 	Differences []Difference // none: accepted
 }
@@ -94,9 +100,9 @@ type Propose struct {
 	Session           SessionID
 	Serial            uint64
 	Sources           Sources
-	KeyID             string   // of the QKD key; empty without QKD
+	KeyID             string   // of the QKD key; empty if and only if QKD is not in Sources
 	EncapsulationKeys [][]byte // one for each KEM in Sources, in order; of the client
-	Held              []uint64 // uncommitted serials that the client holds or is establishing
+	Held              []uint64 // uncommitted serials that the client holds or is establishing; a set
 }
 
 // Reply answers Propose (server to client).
@@ -104,8 +110,8 @@ type Reply struct {
 	Session           SessionID
 	Serial            uint64
 	Sources           Sources  // those of the proposal that the server has as well
-	EncapsulationKeys [][]byte // of the server
-	Ciphertexts       [][]byte // encapsulated to the client's keys
+	EncapsulationKeys [][]byte // one for each KEM in Sources, in order; of the server
+	Ciphertexts       [][]byte // the same; encapsulated to the client's keys
 }
 
 // Finish carries the client's ciphertexts and digest (client to server).
@@ -190,11 +196,11 @@ type Report struct {
 	Idle      bool          // no live session here
 	Seen      bool          // a later handshake was observed under Installed
 	Confirmed uint64        // highest confirmed serial in this end's journal
-	Held      []Named
+	Held      []Named       // a set
 }
 
 // Bye says that the sender stops on purpose.
 type Bye struct {
 	Session SessionID
-	Reason  string
+	Reason  string // printable
 }
