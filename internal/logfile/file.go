@@ -55,15 +55,19 @@ type sink interface {
 	Fd() uintptr
 }
 
-// Open opens or makes the log at path (mode 0600), and its directory where
-// that is missing. max bounds its size; see Size.
+// Open opens the log at path as Append does. max bounds its size; see Size.
 func Open(path string, max int64) (*File, error) {
+	return newFile(path, max, func(path string) (sink, error) { return Append(path) })
+}
+
+// Append opens or makes a log (mode 0600), and its directory where that is
+// missing, without bounding it: for the output of a daemon that has not come
+// to Open yet.
+func Append(path string) (*os.File, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("log: %w", err)
+		return nil, err
 	}
-	return newFile(path, max, func(path string) (sink, error) {
-		return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o600)
-	})
+	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o600)
 }
 
 func newFile(path string, max int64, open func(string) (sink, error)) (*File, error) {
