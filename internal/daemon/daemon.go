@@ -11,10 +11,13 @@ import (
 
 // Options is what a rotator needs from whoever starts it.
 type Options struct {
-	ConfigPath string       // the configuration file
-	RunDir     string       // control socket and journal: mode 0700, gone at reboot
+	ConfigPath string // the configuration file
+	RunDir     string // control socket and journal: mode 0700, gone at reboot
+	StateDir   string // what must survive a reboot: the initial PSK of each peer; exists, mode 0700
+	Version    string // of keyturn, for control.Status
 	Log        *slog.Logger
-	Ready      func()       // called once: configuration valid, device readable, listening, control socket up
+	LogDropped func() uint64 // lines lost so far, for control.LogDropped; nil: none can be
+	Ready      func()        // called once: configuration valid, device readable, listening, control socket up
 }
 
 // Run runs the rotator that the configuration describes until ctx ends or an
