@@ -33,9 +33,14 @@
 //	connect(a, b)                      // wg0 at both ends, each other's peer
 //	pings := a.ping(b)                 // 50 a second, each answer accounted for
 //	a.handshake(b)                     // a new session; waits until both ends show it
-//	a.keyturn("up", config)            // runs a command on the host, fails the test if it fails
+//	a.keyturn("up", a.write(nil, b.as()))  // writes a configuration, runs a command
+//	b.keyturn("up", b.write(settings{"window": "20s"}, a.as().with(settings{"address": nil})))
+//	a.towards(b, 10*time.Second, "protected", func(p control.PeerStatus) error { ... })
 //	a.fingerprint(b) == b.fingerprint(a)
 //	pings.stop().mustBeComplete(t)
+//
+// Tests that break things find host.crash, reboot, unplug, plug, kill9,
+// destroyDevice, dial and listen; a KME is a host with background("kme", ...).
 //
 // Every pre-shared key that a test reads is remembered by the lab, and when
 // the test ends the lab looks for each of them, raw, in base64 and in hex, in
