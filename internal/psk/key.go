@@ -29,9 +29,28 @@ const fingerprintLabel = "keyturn/1 fingerprint"
 // Key is a 32-byte secret. It prints as "redacted" for every verb, handler
 // and encoder, cannot be compared with ==, and is handed on by pointer; its
 // owner wipes it.
+//
+// The zero Key is the all-zero key, which is no key.
 type Key struct {
-	_ [0]func() // incomparable
-	b [Size]byte
+	// at returns the key's bytes; nil stands for zeros. A closure, because
+	// fmt calls no method of an unexported field but prints what it finds
+	// there, and follows pointers for a verb that does not fit. Into a
+	// closure neither fmt nor reflect can look; nor can == compare one.
+	at func() *[Size]byte
+}
+
+// blank returns an all-zero key to be written to.
+func blank() *Key {
+	b := new([Size]byte)
+	return &Key{at: func() *[Size]byte { return b }}
+}
+
+// read returns the key's bytes for reading.
+func (k *Key) read() []byte {
+	if k.at == nil {
+		return make([]byte, Size)
+	}
+	return k.at()[:]
 }
 
 // New returns a key holding a copy of b, which the caller still owns and
@@ -40,15 +59,15 @@ func New(b []byte) (*Key, error) {
 	if len(b) != Size {
 		return nil, ErrSize
 	}
-	k := new(Key)
-	copy(k.b[:], b)
+	k := blank()
+	copy(k.at()[:], b)
 	return k, nil
 }
 
 // Random returns a key read from random.
 func Random(random io.Reader) (*Key, error) {
-	k := new(Key)
-	if _, err := io.ReadFull(random, k.b[:]); err != nil {
+	k := blank()
+	if _, err := io.ReadFull(random, k.at()[:]); err != nil {
 		return nil, fmt.Errorf("read random key: %w", err)
 	}
 	return k, nil
@@ -56,19 +75,24 @@ func Random(random io.Reader) (*Key, error) {
 
 // Bytes returns the key's own bytes, not a copy, for handing to WireGuard, a
 // KEM, or the journal. The caller keeps no reference after the call.
-func (k *Key) Bytes() []byte { return k.b[:] }
+func (k *Key) Bytes() []byte {
+	if k.at == nil {
+		k.at = blank().at // for what is written to the bytes must stay
+	}
+	return k.at()[:]
+}
 
 // Clone returns an independent copy.
 func (k *Key) Clone() *Key {
-	c := new(Key)
-	c.b = k.b
+	c := blank()
+	copy(c.at()[:], k.read())
 	return c
 }
 
 // Wipe overwrites the key with zeros. A nil key is already wiped.
 func (k *Key) Wipe() {
-	if k != nil {
-		clear(k.b[:])
+	if k != nil && k.at != nil {
+		clear(k.at()[:])
 	}
 }
 
@@ -76,12 +100,12 @@ func (k *Key) Wipe() {
 // way of saying "no pre-shared key", never a usable key.
 func (k *Key) IsZero() bool {
 	var zero [Size]byte
-	return subtle.ConstantTimeCompare(k.b[:], zero[:]) == 1
+	return subtle.ConstantTimeCompare(k.read(), zero[:]) == 1
 }
 
 // Equal compares in constant time.
 func (k *Key) Equal(o *Key) bool {
-	return subtle.ConstantTimeCompare(k.b[:], o.b[:]) == 1
+	return subtle.ConstantTimeCompare(k.read(), o.read()) == 1
 }
 
 // Fingerprint names a key without giving anything of it away: the first 16
@@ -95,7 +119,7 @@ func (k *Key) Fingerprint() Fingerprint {
 	if k.IsZero() {
 		return f
 	}
-	m := hmac.New(sha256.New, k.b[:])
+	m := hmac.New(sha256.New, k.read())
 	m.Write([]byte(fingerprintLabel))
 	copy(f[:], m.Sum(nil))
 	return f
