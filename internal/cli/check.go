@@ -1,0 +1,258 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"keyturn/internal/config"
+	"keyturn/internal/control"
+	"keyturn/internal/kms"
+	"keyturn/internal/kms/etsi014"
+	"keyturn/internal/link"
+	"keyturn/internal/wg"
+)
+
+const (
+	checkTime  = 10 * time.Second // for one KMS or peer
+	checkAtOne = 16               // KMSs and peers asked at the same time
+)
+
+func newCheck(d *dirs) *cobra.Command {
+	return &cobra.Command{
+		Use:   "check CONFIG|INTERFACE",
+		Short: "Check a configuration and all that it needs",
+		Long: `Check the configuration, the WireGuard interface and its peers, each KMS (no key
+is taken), and each peer's rotator that has an address: whether it is reached
+and proves the configured identity. Nothing is changed. Where the rotator of the
+interface runs, its own links are looked at instead, since a second connection
+would disturb them.
+
+Exit code 1: the configuration is wrong. Exit code 3: something else is.`,
+		Args:              exactly("CONFIG|INTERFACE"),
+		ValidArgsFunction: d.configs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			path, err := d.configOf(args[0])
+			if err != nil {
+				return err
+			}
+			c, err := config.Load(path)
+			if err != nil {
+				return err
+			}
+			r := newResults(c)
+			d.check(cmd.Context(), c, r)
+			if err := writeTable(cmd.OutOrStdout(), r.rows()); err != nil {
+				return err
+			}
+			return degradedIf(r.failed)
+		},
+	}
+}
+
+// results are the lines of a check, in an order that does not depend on which
+// answer came first.
+type results struct {
+	mu     sync.Mutex
+	lines  [][]string // WHAT, RESULT, DETAIL
+	failed bool
+}
+
+func newResults(c *config.Config) *results {
+	r := new(results)
+	r.set(r.next("configuration"), "ok", count(len(c.Peers), "peer"))
+	return r
+}
+
+// next begins a line and returns its number.
+func (r *results) next(what string) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.lines = append(r.lines, []string{what, "", ""})
+	return len(r.lines) - 1
+}
+
+func (r *results) set(line int, result, detail string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.lines[line][1], r.lines[line][2] = result, detail
+}
+
+func (r *results) fail(line int, err error) {
+	r.set(line, "failed", err.Error())
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.failed = true
+}
+
+func (r *results) rows() [][]string {
+	return append([][]string{{"CHECK", "RESULT"}}, r.lines...)
+}
+
+func (d *dirs) check(ctx context.Context, c *config.Config, r *results) {
+	checkInterface(c, r)
+	running, err := d.client(c.Interface).Status(ctx)
+	if err != nil {
+		running = nil
+	}
+	identity, identityErr := link.ReadIdentityFile(c.Identity)
+
+	slots := make(chan struct{}, checkAtOne)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	start := func(what string, ask func(context.Context) (string, error)) {
+		line := r.next(what)
+		wg.Go(func() {
+			slots <- struct{}{}
+			defer func() { <-slots }()
+			ctx, cancel := context.WithTimeout(ctx, checkTime)
+			defer cancel()
+			detail, err := ask(ctx)
+			if err != nil {
+				r.fail(line, err)
+				return
+			}
+			r.set(line, "ok", detail)
+		})
+	}
+	for _, p := range c.Peers {
+		if p.KMS != nil {
+			start("kms for "+p.Name, func(ctx context.Context) (string, error) { return checkKMS(ctx, p) })
+		}
+	}
+	for _, p := range c.Peers {
+		switch {
+		case running != nil:
+			line := r.next("peer " + p.Name)
+			if detail, err := linkOf(running, p); err != nil {
+				r.fail(line, err)
+			} else {
+				r.set(line, "ok", detail)
+			}
+		case identityErr != nil:
+			r.fail(r.next("peer "+p.Name), identityErr)
+		case p.Address == "":
+			r.set(r.next("peer "+p.Name), "skipped", "has no address: it has to dial")
+		default:
+			start("peer "+p.Name, func(ctx context.Context) (string, error) { return checkPeer(ctx, identity, p) })
+		}
+	}
+}
+
+// checkInterface compares WireGuard with the configuration, one line for each
+// problem.
+func checkInterface(c *config.Config, r *results) {
+	what := "interface " + c.Interface
+	err := func() error {
+		device, err := wg.Open(c.Interface)
+		if errors.Is(err, wg.ErrNoDevice) {
+			err = os.ErrNotExist // what config knows it by
+		}
+		if err != nil {
+			return c.NoDevice(err)
+		}
+		defer device.Close()
+		dump, err := device.Dump()
+		if err != nil {
+			return c.NoDevice(err)
+		}
+		defer dump.Wipe()
+		peers := make(map[[32]byte][]netip.Prefix, len(dump.Peers))
+		for k, p := range dump.Peers {
+			peers[k] = p.AllowedIPs
+		}
+		return c.CheckDevice(c.Interface, dump.PublicKey, peers)
+	}()
+	problems, ok := errors.AsType[config.Problems](err)
+	switch {
+	case err == nil:
+		r.set(r.next(what), "ok", "")
+	case !ok:
+		r.fail(r.next(what), err)
+	}
+	for _, p := range problems {
+		at := ""
+		if p.Line > 0 {
+			at = fmt.Sprintf(" (line %d)", p.Line)
+		}
+		r.fail(r.next(what), errors.New(p.Message+at))
+	}
+}
+
+func checkKMS(ctx context.Context, p *config.Peer) (string, error) {
+	source, err := newSource(p.KMS, p.SAE)
+	if err != nil {
+		return "", err
+	}
+	defer source.Close()
+	status, err := source.Status(ctx)
+	if err != nil {
+		return "", err
+	}
+	detail := strings.Join(p.KMS.URIs, ", ")
+	if status.StoredKeys > 0 { // many systems say 0 whatever they have
+		detail += fmt.Sprintf(", %d keys stored", status.StoredKeys)
+	}
+	return detail, nil
+}
+
+// ownSource is a source with connections of its own.
+type ownSource struct {
+	kms.Source
+	connections interface{ Close() error }
+}
+
+func (s ownSource) Close() error { return errors.Join(s.Source.Close(), s.connections.Close()) }
+
+func newSource(k *config.KMS, peerSAE string) (kms.Source, error) {
+	if k.Interface != config.ETSI014 {
+		return nil, fmt.Errorf("cannot ask a kms of interface %s", k.Interface)
+	}
+	m, err := etsi014.New(etsi014.Config{
+		URIs: k.URIs, SAE: k.SAE,
+		Certificate: k.Certificate, SecretKey: k.SecretKey, RootCertificate: k.RootCertificate,
+		ServerName: k.ServerName, Method: string(k.Method), Timeout: k.Timeout,
+	})
+	if err != nil {
+		return nil, err
+	}
+	source, err := m.For(peerSAE)
+	if err != nil {
+		return nil, errors.Join(err, m.Close())
+	}
+	return ownSource{source, m}, nil
+}
+
+func checkPeer(ctx context.Context, self *link.Identity, p *config.Peer) (string, error) {
+	var pins link.Pins
+	for _, id := range p.Identities {
+		pins = append(pins, id)
+	}
+	conn, err := link.Dial(ctx, p.Address, self, pins)
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close()
+	return fmt.Sprintf("%s, identity proved", conn.RemoteAddr()), nil
+}
+
+// linkOf is what a running rotator says of its link to a peer.
+func linkOf(s *control.Status, p *config.Peer) (string, error) {
+	for _, peer := range s.Peers {
+		if peer.PublicKey != wg.PublicKey(p.PublicKey).String() {
+			continue
+		}
+		if peer.Link.State != control.LinkUp {
+			return "", fmt.Errorf("the running rotator's link is %s", linkText(&peer.Link, time.Now()))
+		}
+		return "the running rotator's link is " + linkText(&peer.Link, time.Now()), nil
+	}
+	return "", errors.New("the running rotator has no such peer: it was started with another configuration")
+}

@@ -1,0 +1,216 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"keyturn/internal/config"
+	"keyturn/internal/daemon"
+	"keyturn/internal/detach"
+	"keyturn/internal/logfile"
+	"keyturn/internal/registry"
+)
+
+func newRun(d *dirs) *cobra.Command {
+	var detached bool
+	cmd := &cobra.Command{
+		Use:   "run CONFIG",
+		Short: "Run a rotator in the foreground",
+		Long: `Run the rotator that CONFIG describes in the foreground, for systemd and
+containers. It logs to standard error and tells systemd (Type=notify) when it is
+ready and when it stops.
+
+SIGINT and SIGTERM stop it as "keyturn down" does: it says goodbye to the peers
+and leaves the last pre-shared keys in place. A second one ends it at once.
+SIGHUP is ignored: the configuration is read at the start only.`,
+		Args: exactly("CONFIG"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if detached {
+				return d.runDetached(cmd.Context(), args[0])
+			}
+			log := func(string) (io.Writer, error) { return cmd.ErrOrStderr(), nil }
+			return d.runRotator(cmd.Context(), args[0], rotator{log: log})
+		},
+	}
+	// How up starts this command, with the readiness pipe.
+	cmd.Flags().BoolVar(&detached, "detached", false, "")
+	_ = cmd.Flags().MarkHidden("detached")
+	return cmd
+}
+
+// runDetached is the daemon's side of up: problems go to the starter, or,
+// once that has gone, to the log.
+func (d *dirs) runDetached(ctx context.Context, path string) error {
+	starter, err := detach.Child()
+	if err != nil {
+		return err
+	}
+	var log *logfile.File
+	defer func() {
+		if log != nil {
+			log.Close()
+		}
+	}()
+	isReady := false
+	err = d.runRotator(ctx, path, rotator{
+		log: func(iface string) (_ io.Writer, err error) {
+			if log, err = logfile.Open(logfile.Path(d.log, iface), logfile.Size); err != nil {
+				return nil, err
+			}
+			return log, log.TakeOutput()
+		},
+		dropped: func() uint64 { return log.Dropped() },
+		ready:   func() { isReady = true; starter.Ready() },
+	})
+	if err != nil && !isReady {
+		var b strings.Builder
+		report(&b, err)
+		starter.NotReady(b.String())
+	}
+	return err
+}
+
+// rotator is how a rotator speaks to whoever started it.
+type rotator struct {
+	log     func(iface string) (io.Writer, error) // opens the log
+	dropped func() uint64                         // log lines lost; nil: none can be
+	ready   func()                                // may be nil
+}
+
+// runRotator runs a rotator, the only one of its interface, from the registry's
+// entry to its end. Nothing of it is left if it does not get ready.
+func (d *dirs) runRotator(ctx context.Context, path string, r rotator) (err error) {
+	signal.Ignore(syscall.SIGHUP)
+	if err := detach.Harden(); err != nil {
+		return err
+	}
+	if err := d.absolute(); err != nil {
+		return err
+	}
+	c, err := config.Load(path)
+	if err != nil {
+		return err
+	}
+	lock, err := takeLock(d.run, c.Interface)
+	if err != nil {
+		return err
+	}
+	defer lock.Release()
+	entry, err := newEntry(c.Interface, path)
+	if err != nil {
+		return err
+	}
+	forget, err := d.enter(entry)
+	if err != nil {
+		return err
+	}
+	w, err := r.log(c.Interface)
+	if err != nil {
+		forget()
+		return err
+	}
+	log := slog.New(slog.NewTextHandler(w, nil)).With("interface", c.Interface)
+	isReady := false
+	// By a signal, or (then ctx goes on) because an operator said down.
+	stopping := sync.OnceFunc(func() { notify(log, "STOPPING=1") })
+	err = daemon.Run(ctx, daemon.Options{
+		ConfigPath: entry.Config,
+		RunDir:     d.run,
+		StateDir:   d.state,
+		Version:    version(),
+		Log:        log,
+		LogDropped: r.dropped,
+		Ready: func() {
+			isReady = true
+			log.Info("rotator is ready", "config", entry.Config, "version", version())
+			if r.ready != nil {
+				r.ready()
+			}
+			notify(log, "READY=1")
+			context.AfterFunc(ctx, stopping)
+		},
+	})
+	if !isReady {
+		forget()
+		return err
+	}
+	stopping()
+	// An orderly end: ls must not take the rotator for one that was killed.
+	entry.Process = registry.Process{}
+	if putErr := d.registry().Put(entry); putErr != nil {
+		log.Warn("rotator's end is not in the registry", "err", putErr)
+	}
+	if err != nil {
+		log.Error("rotator stopped", "err", err)
+		return err
+	}
+	log.Info("rotator stopped")
+	return nil
+}
+
+// takeLock claims the interface for this process.
+func takeLock(runDir, iface string) (*registry.Lock, error) {
+	lock, err := registry.TakeLock(runDir, iface)
+	if err == registry.ErrLocked {
+		return nil, errRunning(iface)
+	}
+	return lock, err
+}
+
+func newEntry(iface, path string) (registry.Entry, error) {
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return registry.Entry{}, err
+	}
+	self, err := registry.Self()
+	if err != nil {
+		return registry.Entry{}, err
+	}
+	return registry.Entry{Interface: iface, Config: abs, Process: self, StartedAt: time.Now().Round(time.Second)}, nil
+}
+
+// enter records e. The function that it returns records again what was there
+// before, for a rotator that does not get ready.
+func (d *dirs) enter(e registry.Entry) (forget func(), err error) {
+	reg := d.registry()
+	before, err := reg.Get(e.Interface)
+	hadOne := err == nil // an entry that cannot be read is replaced
+	if err := reg.Put(e); err != nil {
+		return nil, err
+	}
+	return func() {
+		if hadOne {
+			_ = reg.Put(before)
+		} else {
+			_ = reg.Remove(e.Interface)
+		}
+	}, nil
+}
+
+// notify tells systemd (sd_notify(3)), where it asked to be told.
+func notify(log *slog.Logger, state string) {
+	name := os.Getenv("NOTIFY_SOCKET")
+	if name == "" {
+		return
+	}
+	c, err := net.Dial("unixgram", name) // a leading @ means the abstract namespace here as there
+	if err == nil {
+		_, err = io.WriteString(c, state)
+		c.Close()
+	}
+	if err != nil {
+		log.Warn("systemd was not told", "err", fmt.Errorf("%s: %w", state, err))
+	}
+}

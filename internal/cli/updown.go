@@ -1,0 +1,238 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"keyturn/internal/config"
+	"keyturn/internal/control"
+	"keyturn/internal/detach"
+	"keyturn/internal/logfile"
+	"keyturn/internal/registry"
+)
+
+func newUp(d *dirs) *cobra.Command {
+	return &cobra.Command{
+		Use:   "up CONFIG|INTERFACE",
+		Short: "Bring a rotator up",
+		Long: `Start the rotator that CONFIG describes, or the one of INTERFACE as it was last
+brought up, as a process of its own, detached from the terminal.
+
+up returns when the rotator is ready: its configuration is valid, WireGuard can
+be read, it listens for its peers and answers "keyturn status". It does not wait
+for the KMS or the peers. Otherwise up says why not, and nothing was changed.
+
+An argument with a slash, or that ends in .yaml or .yml, is a file.`,
+		Args:              exactly("CONFIG|INTERFACE"),
+		ValidArgsFunction: d.configs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			iface, err := d.up(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: up, logging to %s\n", iface, logfile.Path(d.log, iface))
+			return err
+		},
+	}
+}
+
+func (d *dirs) up(ctx context.Context, arg string) (iface string, err error) {
+	if err := d.absolute(); err != nil {
+		return "", err
+	}
+	path, err := d.configOf(arg)
+	if err != nil {
+		return "", err
+	}
+	c, err := config.Load(path)
+	if err != nil {
+		return "", err
+	}
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return "", err
+	}
+	// The daemon takes the lock itself. This is for a clear word at once.
+	lock, err := takeLock(d.run, c.Interface)
+	if err != nil {
+		return "", err
+	}
+	lock.Release()
+	logPath := logfile.Path(d.log, c.Interface)
+	output, err := logfile.Append(logPath)
+	if err != nil {
+		return "", fmt.Errorf("log: %w", err)
+	}
+	defer output.Close()
+	err = detach.Start(ctx, []string{
+		"run", "--detached", "--run-dir=" + d.run, "--state-dir=" + d.state, "--log-dir=" + d.log, "--", abs,
+	}, output)
+	if errors.Is(err, detach.ErrSilent) {
+		err = withHint(fmt.Errorf("%s: %w", c.Interface, err), "see the end of "+logPath)
+	}
+	return c.Interface, err
+}
+
+// downTime is how long a rotator may take to say goodbye.
+const downTime = 15 * time.Second
+
+func newDown(d *dirs) *cobra.Command {
+	return &cobra.Command{
+		Use:   "down INTERFACE",
+		Short: "Stop a rotator",
+		Long: `Stop the rotator of INTERFACE and wait until its process has ended. It says
+goodbye to its peers and leaves the pre-shared keys as they are: the tunnels go
+on under their last keys, which are no longer rotated. The interface itself is
+not touched. "keyturn up INTERFACE" brings the rotator back.`,
+		Args:              exactly("INTERFACE"),
+		ValidArgsFunction: d.interfaces,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			e, err := d.known(args[0])
+			if err != nil {
+				return err
+			}
+			if err := d.down(cmd.Context(), e); err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: down\n", args[0])
+			return err
+		},
+	}
+}
+
+// down stops a rotator and waits for its end. The error is
+// control.ErrNotRunning where there is nothing to stop.
+func (d *dirs) down(ctx context.Context, e registry.Entry) error {
+	err := d.client(e.Interface).Down(ctx)
+	if errors.Is(err, control.ErrNotRunning) && e.Process.Alive() {
+		return withHint(fmt.Errorf("%s: process %d runs but does not answer", e.Interface, e.Process.PID),
+			fmt.Sprintf("kill %d", e.Process.PID))
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", e.Interface, err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, downTime)
+	defer cancel()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for !d.gone(e) {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return withHint(fmt.Errorf("%s: the rotator is still stopping", e.Interface), "keyturn ls")
+		}
+	}
+	return nil
+}
+
+// gone reports whether a rotator's process has ended: its lock is free, which
+// holds in every PID namespace, and where its ID is known, that is free too.
+func (d *dirs) gone(e registry.Entry) bool {
+	lock, err := registry.TakeLock(d.run, e.Interface)
+	if err != nil {
+		return !errors.Is(err, registry.ErrLocked)
+	}
+	lock.Release()
+	return !e.Process.Alive()
+}
+
+func newRm(d *dirs) *cobra.Command {
+	return &cobra.Command{
+		Use:   "rm INTERFACE",
+		Short: "Stop a rotator and forget it",
+		Long: `Stop the rotator of INTERFACE if it runs, and remove what keyturn keeps of it
+on this host: the registry's entry, the journals, the recorded initial
+pre-shared keys, and the log. The configuration, the identity, the interface and
+its pre-shared keys stay.
+
+Without its journal a rotator knows none of the keys that it installed. The
+tunnels go on, and the next "keyturn up CONFIG" begins anew.`,
+		Args:              exactly("INTERFACE"),
+		ValidArgsFunction: d.interfaces,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := d.absolute(); err != nil {
+				return err
+			}
+			e, err := d.known(args[0])
+			if err != nil {
+				return err
+			}
+			if err := d.down(cmd.Context(), e); err != nil && !errors.Is(err, control.ErrNotRunning) {
+				return err
+			}
+			if err := d.forget(e); err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: removed\n", e.Interface)
+			return err
+		},
+	}
+}
+
+// forget removes the files of a rotator that does not run. The lock file
+// stays, empty as it is: see registry.LockPath.
+func (d *dirs) forget(e registry.Entry) error {
+	lock, err := takeLock(d.run, e.Interface)
+	if err != nil {
+		return err
+	}
+	defer lock.Release()
+	log := logfile.Path(d.log, e.Interface)
+	files := []string{
+		control.SocketPath(d.run, e.Interface),
+		filepath.Join(d.run, e.Interface+".journal"),
+		filepath.Join(d.state, e.Interface+".initial"),
+		log, log + ".1",
+	}
+	if c, err := config.Load(e.Config); err == nil && c.Interface == e.Interface && c.Journal != nil {
+		files = append(files, c.Journal.Path)
+	}
+	for _, f := range files {
+		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	// Last, so that a removal that stopped half way can be asked for again.
+	return d.registry().Remove(e.Interface)
+}
+
+func newRotate(d *dirs) *cobra.Command {
+	return &cobra.Command{
+		Use:   "rotate INTERFACE [PEER]",
+		Short: "Rotate at the next window",
+		Long: `Ask the rotator of INTERFACE for the next key of PEER, or of all peers, at the
+next window: within seconds after the tunnel's next handshake, which under
+traffic comes about every two minutes. rotate does not wait for that; see
+"keyturn status". A key is never set outside the window, also not by this
+command: that is what keeps a rotation from losing packets.`,
+		Args:              exactly("INTERFACE", "[PEER]"),
+		ValidArgsFunction: d.interfaces,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			e, err := d.known(args[0])
+			if err != nil {
+				return err
+			}
+			peer := ""
+			if len(args) == 2 {
+				peer = args[1]
+			}
+			err = d.client(e.Interface).Rotate(cmd.Context(), peer)
+			switch {
+			case errors.Is(err, control.ErrUnknownPeer):
+				return withHint(fmt.Errorf("%s has no peer %q", e.Interface, peer), "keyturn status "+e.Interface)
+			case errors.Is(err, control.ErrNotRunning):
+				return withHint(fmt.Errorf("%s: %w", e.Interface, control.ErrNotRunning), "keyturn up "+e.Interface)
+			case err != nil:
+				return fmt.Errorf("%s: %w", e.Interface, err)
+			}
+			return nil
+		},
+	}
+}
