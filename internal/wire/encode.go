@@ -259,6 +259,7 @@ func (m *Report) fields(c *coder) {
 	c.duration("interval", &m.Interval)
 	c.named("installed", &m.Installed)
 	c.bool("blocked", &m.Blocked)
+	c.bool("missing", &m.Missing)
 	c.bool("idle", &m.Idle)
 	c.bool("seen", &m.Seen)
 	c.u64("confirmed", &m.Confirmed)

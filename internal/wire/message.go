@@ -193,6 +193,7 @@ type Report struct {
 	Interval  time.Duration // whole milliseconds until the next one, at the latest
 	Installed Named         // zero fingerprint: no PSK, or one that this end does not know
 	Blocked   bool          // a random PSK closes the tunnel
+	Missing   bool          // WireGuard does not know the peer: nothing can be set here
 	Idle      bool          // no live session here
 	Seen      bool          // a later handshake was observed under Installed
 	Confirmed uint64        // highest confirmed serial in this end's journal

@@ -106,9 +106,16 @@ func encoded(t *testing.T, m Message, at int, with ...byte) []byte {
 	return b
 }
 
-func TestDecodeRefuses(t *testing.T) {
+// refusal is an encoding that Decode refuses, and with which words.
+type refusal struct {
+	in   []byte
+	want string
+}
+
+func refused(t *testing.T) []refusal {
+	t.Helper()
 	e := every()
-	init, propose, commit, refused, report := e[0], e[2], e[7], e[9], e[10]
+	init, propose, commit, refuse, report := e[0], e[2], e[7], e[9], e[10]
 	const afterSession = 1 + 16
 	const keyID = afterSession + 8 + 2
 	const keyIDText = 36
@@ -117,10 +124,7 @@ func TestDecodeRefuses(t *testing.T) {
 	const byeText = afterSession + 2
 	two := &Propose{Sources: 1, KeyID: "x", Held: []uint64{1, 2}}
 
-	for _, tt := range []struct {
-		in   []byte
-		want string
-	}{
+	return []refusal{
 		{nil, "empty message"},
 		{[]byte{0}, "unknown message type 0"},
 		{[]byte{200, 1, 2}, "unknown message type 200"},
@@ -129,10 +133,10 @@ func TestDecodeRefuses(t *testing.T) {
 		{encoded(t, commit, 0)[:afterSession+4+8+13], "commit: key fingerprint: 3 bytes missing"},
 		{encoded(t, commit, 0)[:afterSession+4+24+7], "commit: installed serial: 1 byte missing"},
 		{encoded(t, commit, afterSession+4+24+24+8, 3), "commit: mode: 3 is unknown"},
-		{encoded(t, refused, afterSession+4+24, 0), "refused: reason: 0 is unknown"},
-		{encoded(t, refused, afterSession+4+24, 7), "refused: reason: 7 is unknown"},
+		{encoded(t, refuse, afterSession+4+24, 0), "refused: reason: 0 is unknown"},
+		{encoded(t, refuse, afterSession+4+24, 7), "refused: reason: 7 is unknown"},
 		{encoded(t, report, afterSession+8+4+24, 2), "report: blocked: 2 is neither 0 nor 1"},
-		{encoded(t, &Report{}, afterSession+8+4+24+3+8, 65), "report: held: 65 of them, at most 64 allowed"},
+		{encoded(t, &Report{}, afterSession+8+4+24+4+8, 65), "report: held: 65 of them, at most 64 allowed"},
 		{encoded(t, two, 0)[:keyID+2+1+1+1+8], "propose: held 2: 8 bytes missing"},
 		{encoded(t, two, keyID+2+1+1+1+8, []byte{0, 0, 0, 0, 0, 0, 0, 1}...), "propose: held 2: does not rise above the one before"},
 		{encoded(t, two, keyID+2+1+1+1+8, []byte{0, 0, 0, 0, 0, 0, 0, 0}...), "propose: held 2: does not rise above the one before"},
@@ -157,7 +161,11 @@ func TestDecodeRefuses(t *testing.T) {
 		{encoded(t, init, initText+2+7+2+7+32+32, 3), "init: qkd: 3 is neither 0 nor 1"},
 		{encoded(t, init, initText+2+7+2+7+32+32+1, 9), "init: kems: 9 of them, at most 8 allowed"},
 		{encoded(t, init, initText+2+7+2+7+32+32+2, 0, 65), "init: kems 1: 65 bytes, at most 64 allowed"},
-	} {
+	}
+}
+
+func TestDecodeRefuses(t *testing.T) {
+	for _, tt := range refused(t) {
 		m, err := Decode(tt.in)
 		if err == nil || err.Error() != tt.want || m != nil {
 			t.Errorf("got %v, %v\nwant the error %s", m, err, tt.want)
