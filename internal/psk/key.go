@@ -1,7 +1,7 @@
 // Package psk owns key material: the key that cannot be printed, its
-// fingerprint and digests, the combiners that make one key of several
-// secrets, and the key buffer that a peer's two goroutines share. It does no
-// I/O, starts no goroutine, reads no clock and holds no lock.
+// fingerprint and digests, and the combiners that make one key of several
+// secrets. It does no I/O, starts no goroutine, reads no clock and holds no
+// lock.
 package psk
 
 import (
