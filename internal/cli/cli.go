@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/signal"
 	"strings"
@@ -94,10 +95,14 @@ func report(w io.Writer, err error) {
 		return
 	}
 	_, _ = fmt.Fprintln(w, "error:", printable(err.Error()))
+	var hints []string
 	if h, ok := errors.AsType[hinted](err); ok {
-		for _, hint := range h.hints {
-			_, _ = fmt.Fprintln(w, "hint:", printable(hint))
-		}
+		hints = h.hints
+	} else if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
+		hints = []string{"run it as root, as wg itself"}
+	}
+	for _, hint := range hints {
+		_, _ = fmt.Fprintln(w, "hint:", printable(hint))
 	}
 }
 

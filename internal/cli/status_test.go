@@ -132,7 +132,7 @@ func TestLs(t *testing.T) {
 	down := control.Status{Interface: "wg5", State: control.StateDown}
 	all := []*seen{
 		{status: sample()}, {status: well}, {status: kmsDown}, {status: journal}, {status: several}, {status: down},
-		{status: down, problem: "ended without being brought down"},
+		{status: down, problem: "ended\x1b[2J without\nbeing brought down"}, // as foreign text may be
 	}
 	var b bytes.Buffer
 	if err := writeTable(&b, lsRows(all, now)); err != nil {
@@ -145,7 +145,7 @@ wg2        up     1/1    1 minute, 2 seconds ago  lisbon: the KMS delivers no ke
 wg3        up     1/1    1 minute, 2 seconds ago  the WireGuard interface does not exist
 wg4        hold   1/3    1 minute, 2 seconds ago  porto: the two ends are configured differently (and 1 more)
 wg5        down   -      -
-wg5        down   -      -                        ended without being brought down
+wg5        down   -      -                        ended` + "\uFFFD" + `[2J without being brought down
 `
 	if d := cmp.Diff(want, b.String()); d != "" {
 		t.Errorf("-want +got:\n%s", d)
