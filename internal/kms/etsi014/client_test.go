@@ -1,0 +1,820 @@
+package etsi014
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"keyturn/internal/kms"
+	"keyturn/internal/psk"
+)
+
+const (
+	testID    = "bc490419-7d60-487f-adc1-4ddcc177c139"
+	testKey   = "wHHVxRwDJs3/bXd38GHP3oe4svTuRpZS0yCC7x4Ly+s="
+	keyAnswer = `{"keys":[{"key_ID":"` + testID + `","key":"` + testKey + `"}]}`
+)
+
+// isTestKey tells whether key is testKey, without printing it.
+func isTestKey(t *testing.T, key *psk.Key) bool {
+	t.Helper()
+	b, err := base64.StdEncoding.DecodeString(testKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key != nil && bytes.Equal(key.Bytes(), b)
+}
+
+// TestExchanges is about whole exchanges, byte for byte, of the shapes that
+// KMEs in the field are known to send.
+func TestExchanges(t *testing.T) {
+	const (
+		head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+		get  = "GET /api/v1/keys/sae_002/enc_keys?number=1&size=256"
+	)
+	for _, tt := range []struct {
+		name, method, answer, want string
+	}{
+		{"plain", "GET", head + "Content-Length: 113\r\n\r\n" + keyAnswer, get},
+		{"post", "POST", head + "Content-Length: 113\r\n\r\n" + keyAnswer,
+			`POST /api/v1/keys/sae_002/enc_keys {"number":1,"size":256}`},
+		{"until the connection closes", "GET", "HTTP/1.0 200 OK\r\n\r\n" + keyAnswer, get},
+		{"chunked, with extensions and a line end in the key", "GET",
+			head + "Transfer-Encoding: chunked\r\n\r\n" + chunked(
+				`{"key_container_extension":{"vendor":[1,2,{"a":null}]},"keys":[{`,
+				`"key_ID":"`+testID+`","key_extension`,
+				`":"x","key":"wHHVxRwDJs3\/bXd38GHP3oe4svTuRpZS0yCC7x4Ly\u002bs\u003d\n"}`,
+				`]}`), get},
+		{"indented, as text", "GET",
+			"HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\nServer: kms\r\n\r\n" +
+				"{\n  \"keys\": [\n    {\n      \"key\": \"" + testKey + "\",\n      \"key_ID\": \"" + testID + "\"\n    }\n  ]\n}\n", get},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := newNetwork(t)
+				h := n.serve("kme-a", raw(tt.answer))
+				id, key, err := n.source(Config{Method: tt.method}).Key(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				if id != testID || !isTestKey(t, key) {
+					t.Errorf("wrong ID %q or wrong key", id)
+				}
+				if diff := cmp.Diff([]string{tt.want}, h.seen()); diff != "" {
+					t.Errorf("requests (-want +got):\n%s", diff)
+				}
+				if h.users[0] != "sae_001" {
+					t.Errorf("the KME knows us as %q", h.users[0])
+				}
+			})
+		})
+	}
+}
+
+// TestBadAnswers gives each call each wrong answer: the message is exact, the
+// sentinel right, and nothing comes back.
+func TestBadAnswers(t *testing.T) {
+	keyOf := func(text string) string {
+		return fmt.Sprintf(`{"keys":[{"key_ID":%q,"key":%q}]}`, testID, text)
+	}
+	const at = "https://kme-a: "
+	for _, tt := range []struct {
+		name   string
+		answer http.HandlerFunc
+		is     error
+		want   string // after "fetch key: "
+		byID   error  // what KeyByID says, where that differs
+	}{
+		{"empty", ok(""), nil, at + "answer is empty", nil},
+		{"null", ok("null"), nil, at + "answer is JSON but not an object", nil},
+		{"array", ok("[]"), nil, at + "answer is JSON but not an object", nil},
+		{"number", ok("7"), nil, at + "answer is JSON but not an object", nil},
+		{"HTML", says(200, "text/html; charset=utf-8", "<html><body>Please log in</body></html>"), nil,
+			at + `answer is not JSON but "text/html"`, nil},
+		{"truncated", ok(keyAnswer[:70]), nil, at + "answer is cut off after 70 bytes", nil},
+		{"trailing", ok(keyAnswer + "x"), nil, at + "answer is not JSON from byte 114 on", nil},
+		{"keys null", ok(`{"keys":null}`), nil, at + "answer holds 0 keys, not 1", nil},
+		{"no keys", ok(`{"keys":[]}`), nil, at + "answer holds 0 keys, not 1", nil},
+		{"keys an object", ok(`{"keys":{}}`), nil, at + "answer has a JSON object as keys", nil},
+		{"key null", ok(`{"keys":[null]}`), nil, at + "key is missing", nil},
+		{"two keys", ok(`{"keys":[{"key_ID":"a","key":"AA=="},{"key_ID":"b","key":"AA=="}]}`), nil,
+			at + "answer holds 2 keys, not 1", nil},
+		{"huge number as ID", ok(`{"keys":[{"key_ID":1e999999,"key":"` + testKey + `"}]}`), nil,
+			at + "answer has a JSON number as keys.key_ID", nil},
+		{"number as key", ok(`{"keys":[{"key_ID":"a","key":123456789123456789123456789}]}`), nil,
+			at + "key is not a JSON string", nil},
+		{"no ID", ok(`{"keys":[{"key":"` + testKey + `"}]}`), nil, at + "key ID is missing", nil},
+		{"empty ID", ok(`{"keys":[{"key_ID":"","key":"` + testKey + `"}]}`), nil, at + "key ID is empty", nil},
+		{"endless ID", ok(`{"keys":[{"key_ID":"` + strings.Repeat("a", 1025) + `","key":"` + testKey + `"}]}`), nil,
+			at + "key ID is 1025 bytes long, over 1024", nil},
+		{"unprintable ID", ok(`{"keys":[{"key_ID":"a\u001b[2J","key":"` + testKey + `"}]}`), nil,
+			at + "key ID has the unprintable byte 0x1b at offset 1", nil},
+		{"key missing", ok(`{"keys":[{"key_ID":"a"}]}`), nil, at + "key is missing", nil},
+		{"key empty", ok(keyOf("")), nil, at + "key has 0 bits, not 256", nil},
+		{"32 bits", ok(keyOf("AAECAw==")), nil, at + "key has 32 bits, not 256", nil},
+		{"264 bits", ok(keyOf(base64.StdEncoding.EncodeToString(make([]byte, 33)))), nil, at + "key has 264 bits, not 256", nil},
+		{"not base64", ok(keyOf("!" + testKey[1:])), nil, at + "key is not padded base64", nil},
+		{"not padded", ok(keyOf(strings.TrimRight(testKey, "="))), nil, at + "key is not padded base64", nil},
+		{"URL-safe base64", ok(keyOf(strings.ReplaceAll(testKey, "/", "_"))), nil, at + "key is not padded base64", nil},
+		{"hex", ok(keyOf(strings.Repeat("0f", 32))), nil, at + "key has 384 bits, not 256", nil},
+		{"all zero", ok(keyOf(base64.StdEncoding.EncodeToString(make([]byte, 32)))), nil, at + "key is all zero", nil},
+		{"endless", func(w http.ResponseWriter, _ *http.Request) {
+			for {
+				if _, err := io.WriteString(w, strings.Repeat(" ", 1000)); err != nil {
+					return
+				}
+			}
+		}, nil, at + "answer is longer than 65536 bytes", nil},
+		{"endless header", func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("X", strings.Repeat("x", 20<<10))
+		}, nil, at + "net/http: HTTP/1.x transport connection broken: net/http: server response headers exceeded 16384 bytes; aborted", nil},
+		{"late", silent, nil, at + "no answer within 5s", nil},
+		{"late body", func(w http.ResponseWriter, r *http.Request) {
+			_, _ = io.WriteString(w, keyAnswer[:70])
+			_ = http.NewResponseController(w).Flush()
+			silent(w, r)
+		}, nil, at + "no answer within 5s", nil},
+		{"cut off body", raw("HTTP/1.1 200 OK\r\nContent-Length: 113\r\n\r\n" + keyAnswer[:70]), nil,
+			at + "connection closed before the end of the answer", nil},
+		{"no answer", cut, nil, at + "connection closed before the end of the answer", nil},
+		{"not HTTP", raw("SSH-2.0-OpenSSH_9.2\r\n"), nil,
+			at + `net/http: HTTP/1.x transport connection broken: malformed HTTP response "SSH-2.0-OpenSSH_9.2"`, nil},
+		{"204", says(204, "", ""), nil, "https://kme-a answered 204", nil},
+		{"302", raw("HTTP/1.1 302 Found\r\nLocation: https://kme-b/\r\n\r\n"), kms.ErrRefused,
+			"kms refuses: https://kme-a answered 302", nil},
+		{"400", says(400, "application/json", `{"message":"size shall be a multiple of 8","details":[{}]}`), kms.ErrNoKeys,
+			`kms has no key now: https://kme-a answered 400 "size shall be a multiple of 8"`, kms.ErrUnknownKey},
+		{"401", says(401, "application/json", `{"message":"who is that?"}`), kms.ErrRefused,
+			`kms refuses: https://kme-a answered 401 "who is that?"`, nil},
+		{"403", says(403, "text/plain", "no"), kms.ErrRefused, "kms refuses: https://kme-a answered 403", nil},
+		{"404", says(404, "text/html", "<html>"), kms.ErrNoKeys,
+			"kms has no key now: https://kme-a answered 404", kms.ErrUnknownKey},
+		{"405", says(405, "application/json", `["POST"]`), kms.ErrRefused, "kms refuses: https://kme-a answered 405", nil},
+		{"429", says(429, "application/json", `{"message":{"text":7}}`), kms.ErrNoKeys,
+			"kms has no key now: https://kme-a answered 429", errors.ErrUnsupported},
+		{"500", says(500, "application/json", `{"message":"\u001b[2Jboom\n"}`), nil,
+			`https://kme-a answered 500 "[2Jboom"`, nil},
+		{"503", says(503, "application/json", `{"message":"`+strings.Repeat("m", 300)+`"}`), kms.ErrNoKeys,
+			`kms has no key now: https://kme-a answered 503 "` + strings.Repeat("m", 200) + `"`, kms.ErrUnknownKey},
+		{"503 with an endless body", func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(503)
+			for {
+				if _, err := io.WriteString(w, strings.Repeat(" ", 1000)); err != nil {
+					return
+				}
+			}
+		}, kms.ErrNoKeys, "kms has no key now: https://kme-a answered 503", kms.ErrUnknownKey},
+		{"504", says(504, "", ""), kms.ErrNoKeys, "kms has no key now: https://kme-a answered 504", errors.ErrUnsupported},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := newNetwork(t)
+				n.serve("kme-a", tt.answer)
+				s := n.source(Config{})
+
+				id, key, err := s.Key(t.Context())
+				if err == nil || err.Error() != "fetch key: "+tt.want {
+					t.Errorf("Key:\n got %v\nwant fetch key: %s", err, tt.want)
+				}
+				if id != "" || key != nil {
+					t.Error("Key returned something beside the error")
+				}
+				checkSentinel(t, "Key", err, tt.is)
+
+				key, err = s.KeyByID(t.Context(), testID)
+				if err == nil || !strings.HasPrefix(err.Error(), fmt.Sprintf("fetch key %q: ", testID)) {
+					t.Errorf("KeyByID: %v", err)
+				}
+				if key != nil {
+					t.Error("KeyByID returned a key beside the error")
+				}
+				switch tt.byID {
+				case nil:
+					checkSentinel(t, "KeyByID", err, tt.is)
+				case errors.ErrUnsupported: // no sentinel
+					checkSentinel(t, "KeyByID", err, nil)
+				default:
+					checkSentinel(t, "KeyByID", err, tt.byID)
+				}
+			})
+		})
+	}
+}
+
+// checkSentinel fails unless err is want and none of the other sentinels.
+func checkSentinel(t *testing.T, call string, err, want error) {
+	t.Helper()
+	for _, s := range []error{kms.ErrNoKeys, kms.ErrUnknownKey, kms.ErrRefused} {
+		if got := errors.Is(err, s); got != (s == want) {
+			t.Errorf("%s: errors.Is(%v, %v) = %v", call, err, s, got)
+		}
+	}
+}
+
+func TestKeyByID(t *testing.T) {
+	for _, tt := range []struct{ method, want string }{
+		{"GET", "GET /api/v1/keys/sae_002/dec_keys?key_ID=" + testID},
+		{"POST", `POST /api/v1/keys/sae_002/dec_keys {"key_IDs":[{"key_ID":"` + testID + `"}]}`},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			n := newNetwork(t)
+			h := n.serve("kme-a", ok(keyAnswer))
+			key, err := n.source(Config{Method: tt.method}).KeyByID(t.Context(), testID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !isTestKey(t, key) {
+				t.Error("wrong key")
+			}
+			if diff := cmp.Diff([]string{tt.want}, h.seen()); diff != "" {
+				t.Errorf("requests (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestKeyByIDRefusesAnotherID(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNetwork(t)
+		n.serve("kme-a", ok(keyAnswer))
+		key, err := n.source(Config{}).KeyByID(t.Context(), "other")
+		want := `fetch key "other": https://kme-a: answer holds the key "` + testID + `" instead`
+		if key != nil || err == nil || err.Error() != want {
+			t.Errorf("got %v\nwant %s", err, want)
+		}
+	})
+}
+
+func TestKeyByIDRefusesABadID(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNetwork(t)
+		h := n.serve("kme-a", ok(keyAnswer))
+		if _, err := n.source(Config{}).KeyByID(t.Context(), "a\r\nb"); err == nil {
+			t.Error("no error")
+		}
+		if len(h.seen()) != 0 {
+			t.Error("the KME was asked")
+		}
+	})
+}
+
+// TestKeyByIDWaits is about a KME that hears of the key later than we do.
+func TestKeyByIDWaits(t *testing.T) {
+	const notFound = `{"message":"one or more keys specified are not found on KME"}`
+	for _, status := range []int{400, 401, 404, 503} {
+		synctest.Test(t, func(t *testing.T) {
+			n := newNetwork(t)
+			no := says(status, "application/json", notFound)
+			h := n.serve("kme-a", inTurn(no, no, no, ok(keyAnswer)))
+			began := time.Now()
+			key, err := n.source(Config{}).KeyByID(t.Context(), testID)
+			if err != nil || !isTestKey(t, key) {
+				t.Fatalf("after %d: %v", status, err)
+			}
+			if got, want := time.Since(began), (50+100+200)*time.Millisecond; got != want {
+				t.Errorf("waited %v, want %v", got, want)
+			}
+			if len(h.seen()) != 4 {
+				t.Errorf("asked %d times, want 4", len(h.seen()))
+			}
+		})
+	}
+}
+
+func TestKeyByIDGivesUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNetwork(t)
+		h := n.serve("kme-a", says(404, "", ""))
+		began := time.Now()
+		_, err := n.source(Config{Timeout: 2 * time.Second}).KeyByID(t.Context(), testID)
+		if !errors.Is(err, kms.ErrUnknownKey) {
+			t.Errorf("got %v, want ErrUnknownKey", err)
+		}
+		if got := time.Since(began); got > time.Second {
+			t.Errorf("asked for %v, over half of the timeout", got)
+		}
+		if len(h.seen()) != 5 {
+			t.Errorf("asked %d times, want 5", len(h.seen()))
+		}
+	})
+}
+
+func TestKeyByIDStopsWithItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNetwork(t)
+		n.serve("kme-a", says(404, "", ""))
+		ctx, cancel := context.WithTimeout(t.Context(), 70*time.Millisecond)
+		defer cancel()
+		_, err := n.source(Config{}).KeyByID(ctx, testID)
+		if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, kms.ErrUnknownKey) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// TestNothingIsAskedTwice is the rule for a key that may be gone: whatever
+// happens after the request has left, also on a kept connection, where
+// net/http would repeat it, there is no second one.
+func TestNothingIsAskedTwice(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		lose http.HandlerFunc
+	}{
+		{"connection cut", cut},
+		{"cut within the answer", raw("HTTP/1.1 200 OK\r\nContent-Length: 113\r\n\r\n" + keyAnswer[:50])},
+		{"silence", silent},
+		{"gateway", says(504, "", "")},
+		{"gateway fault", says(502, "text/html", "<html>")},
+		{"server fault", says(500, "application/json", "{}")},
+		{"bad answer", ok("{}")},
+	} {
+		for _, method := range []string{"GET", "POST"} {
+			t.Run(tt.name+" "+method, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					n := newNetwork(t)
+					// The first answer leaves a connection behind that is used again.
+					a := n.serve("kme-a", inTurn(ok(keyAnswer), tt.lose, ok(keyAnswer)))
+					b := n.serve("kme-b", ok(keyAnswer))
+					s := n.source(Config{Method: method, URIs: []string{"https://kme-a", "https://kme-b"}})
+					if _, err := s.KeyByID(t.Context(), testID); err != nil {
+						t.Fatal(err)
+					}
+					_, err := s.KeyByID(t.Context(), testID)
+					if err == nil {
+						t.Error("no error")
+					}
+					checkSentinel(t, "KeyByID", err, nil)
+					if got := len(a.seen()) - 1 + len(b.seen()); got != 1 {
+						t.Errorf("asked %d times", got)
+					}
+				})
+			})
+		}
+	}
+}
+
+func TestKeyIsAskedOnceOfOneKME(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNetwork(t)
+		h := n.serve("kme-a", inTurn(ok(keyAnswer), cut, ok(keyAnswer)))
+		s := n.source(Config{})
+		for range 2 {
+			_, _, _ = s.Key(t.Context())
+		}
+		if got := len(h.seen()); got != 2 {
+			t.Errorf("two calls made %d requests: a key was wasted", got)
+		}
+	})
+}
+
+func TestStatus(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNetwork(t)
+		h := n.serve("kme-a", ok(`{
+			"source_KME_ID": "AAAABBBBCCCCDDDD", "target_KME_ID": "EEEE\u001bFFFF",
+			"master_SAE_ID": "sae_001", "slave_SAE_ID": "sae_002",
+			"key_size": 352, "stored_key_count": 25000, "max_key_count": 100000,
+			"max_key_per_request": 128, "max_key_size": 1024, "min_key_size": 64,
+			"max_SAE_ID_count": 0, "status_extension": {"rate": 1.5}}`))
+		// A status is a GET for both methods.
+		got, err := n.source(Config{Method: "POST"}).Status(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := kms.Status{
+			SourceKME: "AAAABBBBCCCCDDDD", TargetKME: "EEEEFFFF",
+			MasterSAE: "sae_001", SlaveSAE: "sae_002",
+			KeySize: 352, MinKeySize: 64, MaxKeySize: 1024,
+			StoredKeys: 25000, MaxKeys: 100000, MaxKeysPerRequest: 128,
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("status (-want +got):\n%s", diff)
+		}
+		if diff := cmp.Diff([]string{"GET /api/v1/keys/sae_002/status"}, h.seen()); diff != "" {
+			t.Errorf("requests (-want +got):\n%s", diff)
+		}
+	})
+}
+
+func TestBadStatus(t *testing.T) {
+	for _, tt := range []struct {
+		body, want string
+	}{
+		{"", "get status: https://kme-a: answer is empty"},
+		{"[]", "get status: https://kme-a: answer is JSON but not an object"},
+		{`{"key_size":1e400}`, "get status: https://kme-a: answer has a JSON number as key_size"},
+		{`{"key_size":99999999999999999999}`, "get status: https://kme-a: answer has a JSON number as key_size"},
+		{`{"source_KME_ID":["a"]}`, "get status: https://kme-a: answer has a JSON array as source_KME_ID"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			n := newNetwork(t)
+			n.serve("kme-a", ok(tt.body))
+			s, err := n.source(Config{}).Status(t.Context())
+			if err == nil || err.Error() != tt.want {
+				t.Errorf("%s:\n got %v\nwant %s", tt.body, err, tt.want)
+			}
+			if s != (kms.Status{}) {
+				t.Errorf("%s: a status beside the error", tt.body)
+			}
+		})
+	}
+}
+
+func TestFailover(t *testing.T) {
+	three := []string{"https://kme-x", "https://kme-a", "https://kme-b"}
+	for _, tt := range []struct {
+		name  string
+		a, b  http.HandlerFunc
+		call  string
+		asked [2]int // of a and b
+		want  string // error, or empty
+	}{
+		{"unreachable", ok(keyAnswer), ok(keyAnswer), "Key", [2]int{1, 0}, ""},
+		{"unreachable", ok(keyAnswer), ok(keyAnswer), "KeyByID", [2]int{1, 0}, ""},
+		{"no keys at one", says(503, "", ""), ok(keyAnswer), "Key", [2]int{1, 1}, ""},
+		{"unknown at one", says(503, "", ""), ok(keyAnswer), "KeyByID", [2]int{1, 1}, ""},
+		{"server fault", says(500, "", ""), ok(keyAnswer), "Key", [2]int{1, 1}, ""},
+		{"cut", cut, ok(keyAnswer), "Key", [2]int{1, 1}, ""},
+		{"silent", silent, ok(keyAnswer), "Key", [2]int{1, 1}, ""},
+		{"refused", says(401, "", ""), ok(keyAnswer), "Key", [2]int{1, 0},
+			"fetch key: https://kme-x: connection to kme-x:443 refused; kms refuses: https://kme-a answered 401"},
+		{"all", says(500, "", ""), says(503, "", ""), "Key", [2]int{1, 1},
+			"fetch key: https://kme-x: connection to kme-x:443 refused; https://kme-a answered 500; kms has no key now: https://kme-b answered 503"},
+		{"lost after a refusal", says(503, "", ""), cut, "KeyByID", [2]int{1, 1},
+			`fetch key "` + testID + `": https://kme-x: connection to kme-x:443 refused; kms does not know this key ID: https://kme-a answered 503; https://kme-b: connection closed before the end of the answer`},
+	} {
+		t.Run(tt.name+" "+tt.call, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := newNetwork(t)
+				a, b := n.serve("kme-a", tt.a), n.serve("kme-b", tt.b)
+				s := n.source(Config{URIs: three})
+				var err error
+				if tt.call == "Key" {
+					_, _, err = s.Key(t.Context())
+				} else {
+					_, err = s.KeyByID(t.Context(), testID)
+				}
+				got := ""
+				if err != nil {
+					got = err.Error()
+				}
+				if got != tt.want {
+					t.Errorf("got %q\nwant %q", got, tt.want)
+				}
+				if got := [2]int{len(a.seen()), len(b.seen())}; got != tt.asked {
+					t.Errorf("asked %v times, want %v", got, tt.asked)
+				}
+			})
+		})
+	}
+}
+
+// TestFailoverRemembers: a silent first URI costs its timeout once, not at each
+// key, and gets its place back later.
+func TestFailoverRemembers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNetwork(t)
+		a := n.serve("kme-a", inTurn(silent, ok(keyAnswer)))
+		b := n.serve("kme-b", ok(keyAnswer))
+		s := n.source(Config{URIs: []string{"https://kme-a", "https://kme-b"}})
+		began := time.Now()
+		for range 3 {
+			if _, _, err := s.Key(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := time.Since(began); got != DefaultTimeout {
+			t.Errorf("three keys took %v, want one timeout", got)
+		}
+		time.Sleep(downTime) // virtual
+		if _, _, err := s.Key(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := [2]int{len(a.seen()), len(b.seen())}; got != [2]int{2, 3} {
+			t.Errorf("asked %v times, want [2 3]", got)
+		}
+	})
+}
+
+// TestTurns: beyond maxRequests under way, a call waits; not for ever, and at
+// nobody's cost.
+func TestTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNetwork(t)
+		h := n.serve("kme-a", silent)
+		s := n.source(Config{})
+		errs := make(chan error)
+		call := func(ctx context.Context) {
+			_, _, err := s.Key(ctx)
+			errs <- err
+		}
+		for range maxRequests {
+			go call(t.Context())
+		}
+		synctest.Wait()
+		time.Sleep(time.Second) // virtual
+		ctx, cancel := context.WithCancel(t.Context())
+		go call(ctx)
+		synctest.Wait()
+		if got := len(h.seen()); got != maxRequests {
+			t.Errorf("%d requests under way, want %d", got, maxRequests)
+		}
+		cancel()
+		if err := <-errs; !errors.Is(err, context.Canceled) {
+			t.Errorf("waiting call ended with %v", err)
+		}
+		// One slot after the other is free 4 s later, and the next has its own 5 s.
+		began := time.Now()
+		go call(t.Context())
+		for range maxRequests + 1 {
+			if err := <-errs; err == nil || err.Error() != "fetch key: https://kme-a: no answer within 5s" {
+				t.Errorf("got %v", err)
+			}
+		}
+		if got := time.Since(began); got != 9*time.Second {
+			t.Errorf("took %v, want 9s", got)
+		}
+	})
+}
+
+func TestTurnsEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNetwork(t)
+		n.serve("kme-a", silent)
+		s := n.source(Config{})
+		for range maxRequests {
+			s.kms.slots <- struct{}{}
+		}
+		_, _, err := s.Key(t.Context())
+		want := "fetch key: https://kme-a: 16 requests under way for 5s"
+		if err == nil || err.Error() != want {
+			t.Errorf("got %v\nwant %s", err, want)
+		}
+	})
+}
+
+func TestAddresses(t *testing.T) {
+	for _, tt := range []struct{ uri, peer, want string }{
+		{"https://kme-a", "sae_002", "/api/v1/keys/sae_002/"},
+		{"https://kme-a/", "sae_002", "/api/v1/keys/sae_002/"},
+		{"https://kme-a/api/v1/keys", "sae_002", "/api/v1/keys/sae_002/"},
+		{"https://kme-a/api/v1/keys/", "sae_002", "/api/v1/keys/sae_002/"},
+		{"https://kme-a/site%2F1/api/v1/keys", "sae_002", "/site%2F1/api/v1/keys/sae_002/"},
+		{"https://kme-a/qkd", "a/b?c#d %é+&", "/qkd/api/v1/keys/a%2Fb%3Fc%23d%20%25%C3%A9+&/"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			n := newNetwork(t)
+			h := n.serve("kme-a", ok(keyAnswer))
+			s, err := n.kms(Config{URIs: []string{tt.uri}}).For(tt.peer)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, _, err := s.Key(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			want := []string{"GET " + tt.want + "enc_keys?number=1&size=256"}
+			if diff := cmp.Diff(want, h.seen()); diff != "" {
+				t.Errorf("%s (-want +got):\n%s", tt.uri, diff)
+			}
+		})
+	}
+}
+
+func TestKeyIDIsEscaped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const id = `a&b=c d/?#%"`
+		n := newNetwork(t)
+		n.serve("kme-a", func(w http.ResponseWriter, r *http.Request) {
+			if got := r.URL.Query().Get("key_ID"); got != id {
+				t.Errorf("KME was asked for %q", got)
+			}
+			fmt.Fprintf(w, `{"keys":[{"key_ID":%q,"key":%q}]}`, id, testKey)
+		})
+		if _, err := n.source(Config{}).KeyByID(t.Context(), id); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestVerification(t *testing.T) {
+	bare := func(cn string) func(*authority) tls.Certificate {
+		return func(a *authority) tls.Certificate {
+			return a.issue(x509.Certificate{Subject: pkix.Name{CommonName: cn}})
+		}
+	}
+	for _, tt := range []struct {
+		name, serverName string
+		cert             func(*authority) tls.Certificate
+		client           func(*authority) tls.Certificate
+		want             string // error, or empty
+	}{
+		{"right name", "", func(a *authority) tls.Certificate { return a.server("kme-a") }, nil, ""},
+		{"other name", "", func(a *authority) tls.Certificate { return a.server("kme-b") }, nil,
+			"kms refuses: certificate of https://kme-a: x509: certificate is valid for kme-b, not kme-a"},
+		{"server_name", "kme-b", func(a *authority) tls.Certificate { return a.server("kme-b") }, nil, ""},
+		{"wrong server_name", "kme-c", func(a *authority) tls.Certificate { return a.server("kme-a") }, nil,
+			"kms refuses: certificate of https://kme-a: x509: certificate is valid for kme-a, not kme-c"},
+		{"no SAN", "", bare("kme-a"), nil,
+			"kms refuses: certificate of https://kme-a: x509: certificate relies on legacy Common Name field, use SANs instead"},
+		{"no SAN, server_name", "kme-a", bare("KME-A"), nil, ""},
+		{"no SAN, wrong server_name", "kme-b", bare("kme-a"), nil,
+			`kms refuses: certificate of https://kme-a: certificate is for "kme-a", not "kme-b"`},
+		{"common name beside a SAN", "kme", func(a *authority) tls.Certificate { return a.server("other") }, nil,
+			"kms refuses: certificate of https://kme-a: x509: certificate is valid for other, not kme"},
+		{"foreign root", "", func(a *authority) tls.Certificate { return newAuthority(a.t, "foreign root").server("kme-a") }, nil,
+			"kms refuses: certificate of https://kme-a: x509: certificate signed by unknown authority"},
+		{"foreign root, server_name", "kme-a", func(a *authority) tls.Certificate { return newAuthority(a.t, "foreign root").server("kme-a") }, nil,
+			"kms refuses: certificate of https://kme-a: x509: certificate signed by unknown authority"},
+		{"expired, server_name", "kme-a", func(a *authority) tls.Certificate {
+			return a.issue(x509.Certificate{DNSNames: []string{"kme-a"}, NotAfter: time.Date(1999, 6, 1, 0, 0, 0, 0, time.UTC)})
+		}, nil, "kms refuses: certificate of https://kme-a: x509: certificate has expired or is not yet valid: current time 2000-01-01T00:00:00Z is after 1999-06-01T00:00:00Z"},
+		{"a client's certificate", "kme-a", func(a *authority) tls.Certificate { return a.client("kme-a") }, nil,
+			"kms refuses: certificate of https://kme-a: x509: certificate specifies an incompatible key usage"},
+		{"our certificate is foreign", "", func(a *authority) tls.Certificate { return a.server("kme-a") },
+			func(a *authority) tls.Certificate { return newAuthority(a.t, "foreign root").client("sae_001") },
+			"kms refuses: TLS alert of https://kme-a: tls: unknown certificate authority"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				t.Setenv("TZ", "UTC")
+				n := newNetwork(t)
+				n.serveTLS("kme-a", &tls.Config{
+					Certificates: []tls.Certificate{tt.cert(&n.authority)},
+					ClientAuth:   tls.RequireAndVerifyClientCert,
+					ClientCAs:    n.pool(),
+				}, ok(keyAnswer))
+				client := n.client
+				if tt.client != nil {
+					client = func(string) tls.Certificate { return tt.client(&n.authority) }
+				}
+				cert := client("sae_001")
+				s := n.source(Config{ServerName: tt.serverName, TLS: &tls.Config{
+					RootCAs: n.pool(),
+					// Certificates would keep one back that the server's roots do not cover.
+					GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil },
+				}})
+				_, _, err := s.Key(t.Context())
+				got, want := "", tt.want
+				if err != nil {
+					got, want = err.Error(), "fetch key: "+tt.want
+					checkSentinel(t, "Key", err, kms.ErrRefused)
+				}
+				if got != want {
+					t.Errorf("got  %s\nwant %s", got, want)
+				}
+			})
+		})
+	}
+}
+
+func TestOldTLSIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNetwork(t)
+		n.serveTLS("kme-a", &tls.Config{
+			Certificates: []tls.Certificate{n.server("kme-a")},
+			MinVersion:   tls.VersionTLS10,
+			MaxVersion:   tls.VersionTLS11,
+		}, ok(keyAnswer))
+		if _, _, err := n.source(Config{}).Key(t.Context()); !errors.Is(err, kms.ErrRefused) {
+			t.Errorf("got %v, want ErrRefused", err)
+		}
+	})
+}
+
+// TestCertificateChanges: a renewed certificate is used from the next
+// connection on; one half of it is not.
+func TestCertificateChanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNetwork(t)
+		dir := t.TempDir()
+		h := n.serve("kme-a", func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Connection", "close")
+			ok(keyAnswer)(w, r)
+		})
+		root, _ := write(t, dir, "root", tls.Certificate{Certificate: [][]byte{n.cert.Raw}, PrivateKey: n.key})
+		cert, key := write(t, dir, "sae", n.client("old"))
+		s := n.source(Config{Certificate: cert, SecretKey: key, RootCertificate: root})
+		use := func() {
+			t.Helper()
+			if _, _, err := s.Key(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		use()
+		renewed, renewedKey := write(t, dir, "new", n.client("new"))
+		if err := os.Rename(renewed, cert); err != nil {
+			t.Fatal(err)
+		}
+		use() // the certificate no longer fits the key
+		if err := os.Rename(renewedKey, key); err != nil {
+			t.Fatal(err)
+		}
+		use()
+		if want := []string{"old", "old", "new"}; !slices.Equal(h.users, want) {
+			t.Errorf("the KME knew us as %q, want %q", h.users, want)
+		}
+	})
+}
+
+func TestNewRefuses(t *testing.T) {
+	dir := t.TempDir()
+	a := newAuthority(t, "root")
+	root, _ := write(t, dir, "root", tls.Certificate{Certificate: [][]byte{a.cert.Raw}, PrivateKey: a.key})
+	cert, key := write(t, dir, "sae", a.client("sae_001"))
+	_, other := write(t, dir, "other", a.client("sae_002"))
+	file := func(name, text string, mode os.FileMode) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), mode); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	open := file("open.key", "-----BEGIN", 0o640)
+	locked := file("locked.key", "-----BEGIN ENCRYPTED PRIVATE KEY-----\n", 0o600)
+	empty := file("empty.crt", "", 0o644)
+	huge := file("huge.crt", "", 0o644)
+	if err := os.Truncate(huge, maxPEM+1); err != nil {
+		t.Fatal(err)
+	}
+
+	good := func() Config {
+		return Config{URIs: []string{"https://kme-a"}, SAE: "sae_001", Certificate: cert, SecretKey: key, RootCertificate: root}
+	}
+	if _, err := New(good()); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name string
+		edit func(*Config)
+		want string
+	}{
+		{"no SAE", func(c *Config) { c.SAE = "" }, "SAE ID is empty"},
+		{"dots", func(c *Config) { c.SAE = ".." }, `SAE ID ".." cannot stand in a URI`},
+		{"unprintable SAE", func(c *Config) { c.SAE = "a\n" }, `SAE ID "a\n" is not printable text`},
+		{"long SAE", func(c *Config) { c.SAE = strings.Repeat("s", 1025) }, "SAE ID is 1025 bytes long, over 1024"},
+		{"no URI", func(c *Config) { c.URIs = nil }, "0 URIs, not 1 to 16"},
+		{"malformed URI", func(c *Config) { c.URIs = []string{"https://kme-a:port"} }, `URI "https://kme-a:port" is malformed`},
+		{"http", func(c *Config) { c.URIs = []string{"http://kme-a"} }, `URI "http://kme-a" does not begin with https://`},
+		{"no scheme", func(c *Config) { c.URIs = []string{"kme-a"} }, `URI "kme-a" does not begin with https://`},
+		{"no host", func(c *Config) { c.URIs = []string{"https:///x"} }, `URI "https:///x" names no host`},
+		{"query", func(c *Config) { c.URIs = []string{"https://kme-a?x"} }, `URI "https://kme-a?x" has more than a host and a path`},
+		{"user", func(c *Config) { c.URIs = []string{"https://me@kme-a"} }, `URI "https://me@kme-a" has more than a host and a path`},
+		{"method", func(c *Config) { c.Method = "PUT" }, `method "PUT" is neither GET nor POST`},
+		{"timeout", func(c *Config) { c.Timeout = -1 }, "timeout -1ns is not between 0 and 1m0s"},
+		{"long timeout", func(c *Config) { c.Timeout = time.Hour }, "timeout 1h0m0s is not between 0 and 1m0s"},
+		{"no root", func(c *Config) { c.RootCertificate = "" }, "no root certificate: the KMS could not be verified"},
+		{"root missing", func(c *Config) { c.RootCertificate = dir + "/none" }, "open " + dir + "/none: no such file or directory"},
+		{"root empty", func(c *Config) { c.RootCertificate = empty }, empty + ": no certificate in PEM form"},
+		{"root a directory", func(c *Config) { c.RootCertificate = dir }, dir + ": not a regular file"},
+		{"root huge", func(c *Config) { c.RootCertificate = huge }, huge + ": 1048577 bytes, over 1048576"},
+		{"no certificate", func(c *Config) { c.Certificate = "" }, "certificate or secret key is missing"},
+		{"certificate empty", func(c *Config) { c.Certificate = empty }, empty + " and " + key + ": tls: failed to find any PEM data in certificate input"},
+		{"others read the key", func(c *Config) { c.SecretKey = open }, open + ": mode 0640 lets others at the secret key, not 0600"},
+		{"encrypted key", func(c *Config) { c.SecretKey = locked }, locked + ": the key is encrypted, and nobody is here to type its passphrase"},
+		{"another's key", func(c *Config) { c.SecretKey = other }, cert + " and " + other + ": tls: private key does not match public key"},
+		{"files and memory", func(c *Config) { c.TLS = &tls.Config{RootCAs: a.pool()} }, "certificates are given both as files and in memory"},
+		{"no verification", func(c *Config) {
+			*c = Config{URIs: c.URIs, SAE: c.SAE, TLS: &tls.Config{RootCAs: a.pool(), InsecureSkipVerify: true}}
+		}, "TLS configuration does not verify the KMS"},
+		{"no roots in memory", func(c *Config) { *c = Config{URIs: c.URIs, SAE: c.SAE, TLS: &tls.Config{}} }, "TLS configuration does not verify the KMS"},
+	} {
+		c := good()
+		tt.edit(&c)
+		k, err := New(c)
+		if k != nil || err == nil || err.Error() != tt.want {
+			t.Errorf("%s:\n got %v\nwant %s", tt.name, err, tt.want)
+		}
+	}
+
+	k, err := New(good())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for peer, want := range map[string]string{
+		"sae_001": `SAE "sae_001" is our own, not a peer's`,
+		".":       `SAE ID "." cannot stand in a URI`,
+	} {
+		if s, err := k.For(peer); s != nil || err == nil || err.Error() != want {
+			t.Errorf("For(%q) = %v, want %s", peer, err, want)
+		}
+	}
+}
