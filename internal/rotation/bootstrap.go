@@ -1,0 +1,245 @@
+package rotation
+
+import (
+	"encoding/base64"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"keyturn/internal/psk"
+	"keyturn/internal/wire"
+)
+
+// bootstrap is the part of a KeyGenerator that agrees with the peer.
+type bootstrap struct {
+	attempt  uint64    // of the last Init sent (client) or answered (server)
+	answered bool      // the client's last Init was
+	due      time.Time // client: when to send the next Init
+	ack      *wire.Ack // server: its last answer, repeated if the Init is
+
+	// What the last accepted bootstrap agreed with: a reconnect keeps the
+	// buffer only where nothing of it changed.
+	peerBoot   wire.BootID
+	parameters wire.Parameters
+}
+
+// linkUp starts afresh on a new link. The buffer waits for the bootstrap.
+func (g *KeyGenerator) linkUp() {
+	g.linkDown()
+	g.tunnel.linked = true
+	g.failures, g.notBefore = 0, time.Time{}
+	if g.tunnel.config.Role == Client {
+		g.sendInit()
+	}
+}
+
+func (g *KeyGenerator) linkDown() {
+	t := g.tunnel
+	t.linked, t.accepted, t.session, t.peerHeld, t.differences = false, false, wire.SessionID{}, nil, nil
+	g.boot.ack, g.boot.answered = nil, false
+	g.dropRounds()
+	t.changed = true
+}
+
+// sendInit is B1.
+func (g *KeyGenerator) sendInit() {
+	g.boot.attempt++
+	g.boot.answered = false
+	g.boot.due = g.now.Add(initRetry)
+	g.send(&wire.Init{
+		Attempt:    g.boot.attempt,
+		Boot:       g.tunnel.config.Boot,
+		High:       g.tunnel.high,
+		Parameters: g.parameters(),
+		Held:       limit(g.tunnel.held()),
+	})
+}
+
+func (g *KeyGenerator) parameters() wire.Parameters {
+	p := g.tunnel.config.Parameters
+	p.Initial = g.tunnel.initial
+	return p
+}
+
+// init is B2: the server compares, opens a session in any case, and answers.
+func (g *KeyGenerator) init(m *wire.Init) {
+	t := g.tunnel
+	if t.config.Role != Server {
+		g.refuse([]wire.Difference{{Field: "role", Client: "client", Server: "client"}})
+		return
+	}
+	if g.boot.ack != nil && m.Boot == t.peerBoot {
+		if m.Attempt == g.boot.attempt {
+			g.send(g.boot.ack)
+		}
+		if m.Attempt <= g.boot.attempt {
+			return
+		}
+	}
+	own := g.parameters()
+	differences := Compare(&m.Parameters, &own)
+	kept := len(differences) == 0 && m.Boot == g.boot.peerBoot && equal(&m.Parameters, &g.boot.parameters)
+
+	g.boot.attempt = m.Attempt
+	g.dropRounds()
+	_, _ = io.ReadFull(t.config.Random, t.session[:])
+	t.peerBoot, t.peerHeld = m.Boot, m.Held
+	t.raise(m.High)
+	g.reconcile(kept, m.Held)
+	g.boot.ack = &wire.Ack{
+		Attempt: m.Attempt, Session: t.session, Boot: t.config.Boot, High: t.high,
+		Parameters: own, Held: limit(t.held()), Kept: kept, Differences: differences,
+	}
+	g.send(g.boot.ack)
+	g.agreed(differences, m.Boot, m.Parameters)
+}
+
+// ack is B3: the client compares as well, and adopts the session.
+func (g *KeyGenerator) ack(m *wire.Ack) {
+	t := g.tunnel
+	if t.config.Role != Client {
+		g.refuse([]wire.Difference{{Field: "role", Client: "server", Server: "server"}})
+		return
+	}
+	if m.Attempt != g.boot.attempt || g.boot.answered {
+		return
+	}
+	own := g.parameters()
+	differences := m.Differences
+	if len(differences) == 0 {
+		differences = Compare(&own, &m.Parameters)
+	}
+	g.boot.answered = true
+	g.dropRounds()
+	t.session, t.peerBoot, t.peerHeld = m.Session, m.Boot, m.Held
+	t.raise(m.High)
+	g.reconcile(m.Kept && m.Boot == g.boot.peerBoot, m.Held)
+	g.agreed(differences, m.Boot, m.Parameters)
+}
+
+// reconcile is B4: after a mere reconnect, keys that both name are kept;
+// otherwise the buffer is emptied. The scheduler's keys are its own.
+func (g *KeyGenerator) reconcile(kept bool, held []wire.Named) {
+	if !kept {
+		held = nil
+	}
+	g.tunnel.buffer.retain(func(n wire.Named) bool { return contains(held, n) })
+}
+
+// agreed ends a bootstrap, with or without success.
+func (g *KeyGenerator) agreed(differences []wire.Difference, boot wire.BootID, p wire.Parameters) {
+	t := g.tunnel
+	t.changed = true
+	if len(differences) > 0 {
+		g.boot.peerBoot = wire.BootID{}
+		g.refuse(differences)
+		return
+	}
+	g.boot.peerBoot, g.boot.parameters = boot, p
+	t.accepted, t.differences = true, nil
+	g.note(NoteBootstrapped, none, "session "+t.session.String())
+}
+
+func (g *KeyGenerator) refuse(differences []wire.Difference) {
+	t := g.tunnel
+	t.accepted, t.differences = false, differences
+	t.changed = true
+	g.note(NoteRefused, none, DescribeDifferences(t.config.Role, differences))
+}
+
+// otherVersion answers a bootstrap message that only names its version.
+func (g *KeyGenerator) otherVersion(version uint16) {
+	t := g.tunnel
+	own := g.parameters()
+	client, server := roles(t.config.Role, fmt.Sprint(own.Version), fmt.Sprint(version))
+	differences := []wire.Difference{{Field: "version", Client: client, Server: server}}
+	if t.config.Role == Server && t.differences == nil {
+		g.send(&wire.Ack{Boot: t.config.Boot, Parameters: own, Differences: differences})
+	}
+	g.boot.answered = true
+	g.refuse(differences)
+}
+
+// strange is B5: the client starts the bootstrap again where the server keeps
+// speaking of another session.
+func (g *KeyGenerator) strange() {
+	if g.tunnel.config.Role == Client && g.boot.answered && g.now.After(g.boot.due.Add(initPatience)) {
+		g.sendInit()
+	}
+}
+
+// DescribeDifferences names every difference in one line, this end's value first.
+func DescribeDifferences(r Role, differences []wire.Difference) string {
+	texts := make([]string, 0, len(differences))
+	for _, d := range differences {
+		own, peer := d.Client, d.Server
+		if r == Server {
+			own, peer = peer, own
+		}
+		texts = append(texts, fmt.Sprintf("%s: ours %q, theirs %q", d.Field, own, peer))
+	}
+	return strings.Join(texts, "; ")
+}
+
+// Compare names every parameter on which a client and a server disagree, in
+// the order of docs/PROTOCOL.md, 5.2.
+func Compare(client, server *wire.Parameters) []wire.Difference {
+	var all []wire.Difference
+	differ := func(field, c, s string) {
+		if c != s {
+			all = append(all, wire.Difference{Field: field, Client: printable(c), Server: printable(s)})
+		}
+	}
+	key := func(b [32]byte) string { return base64.StdEncoding.EncodeToString(b[:]) }
+	yes := func(b bool) string {
+		if b {
+			return "yes"
+		}
+		return "no"
+	}
+	differ("version", fmt.Sprint(client.Version), fmt.Sprint(server.Version))
+	differ("sae of the client", client.SAE, server.PeerSAE)
+	differ("sae of the server", client.PeerSAE, server.SAE)
+	differ("public_key of the client", key(client.PublicKey), key(server.PeerPublicKey))
+	differ("public_key of the server", key(client.PeerPublicKey), key(server.PublicKey))
+	differ("kms", yes(client.QKD), yes(server.QKD))
+	differ("kems", strings.Join(client.KEMs, ","), strings.Join(server.KEMs, ","))
+	differ("require", Require(client.Require).String(), Require(server.Require).String())
+	differ("combiner", psk.Combiner(client.Combiner).String(), psk.Combiner(server.Combiner).String())
+	differ("buffer", fmt.Sprint(client.Buffer), fmt.Sprint(server.Buffer))
+	differ("window", client.Window.String(), server.Window.String())
+	differ("fallback", client.Initial.String(), server.Initial.String())
+	return all
+}
+
+// printable bounds a value for a Difference.
+func printable(s string) string {
+	const most = 200
+	if len(s) > most {
+		s = s[:most] + "..."
+	}
+	return wire.Text(s)
+}
+
+func equal(a, b *wire.Parameters) bool {
+	x, y := *a, *b
+	x.KEMs, y.KEMs = nil, nil
+	return fmt.Sprint(x) == fmt.Sprint(y) && slices.Equal(a.KEMs, b.KEMs)
+}
+
+// limit bounds a list of keys to what a message carries, newest kept.
+func limit(names []wire.Named) []wire.Named {
+	slices.SortFunc(names, func(a, b wire.Named) int {
+		if a.Serial != b.Serial {
+			if a.Serial < b.Serial {
+				return -1
+			}
+			return 1
+		}
+		return slices.Compare(a.Fingerprint[:], b.Fingerprint[:])
+	})
+	names = slices.Compact(names)
+	return names[max(0, len(names)-wire.MaxHeld):]
+}

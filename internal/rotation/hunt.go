@@ -1,0 +1,95 @@
+package rotation
+
+import (
+	"fmt"
+	"slices"
+	"time"
+)
+
+// hunt is H1 to H6: with the link silent and handshakes failing, each end walks
+// through the keys that may be installed at the other end. The client stays
+// 12 s on each, the server 40 s, longer than the client's whole walk: equal
+// times can miss for ever.
+func (s *KeyRotationScheduler) hunt() {
+	if !s.huntDue() {
+		if s.hunting {
+			s.endHunt("the link is back")
+		}
+		return
+	}
+	if s.op != nil {
+		return
+	}
+	candidates := s.tunnel.candidates(s.usable)
+	if len(candidates) == 0 {
+		return
+	}
+	if !s.hunting {
+		s.hunting = true
+		s.stepAt = s.now.Add(s.dwell())
+		s.pollBefore = time.Time{}
+		s.huntProbe = s.now
+		s.note(NoteHunting, none, fmt.Sprintf("handshakes fail; %d keys may be installed at the other end", len(candidates)))
+	}
+	if s.due(s.stepAt) {
+		s.step(candidates)
+		if s.op != nil {
+			return
+		}
+	}
+	if s.due(s.huntProbe) {
+		s.huntProbe = s.now.Add(HuntProbe)
+		s.at(s.huntProbe)
+		s.out = append(s.out, Probe{})
+	}
+}
+
+// step is H3 and H4: a dump that began after the step fell due must still show
+// no handshake; then the next key is set.
+func (s *KeyRotationScheduler) step(candidates []*record) {
+	if s.pollBefore.IsZero() {
+		s.pollBefore = s.now
+		s.out = append(s.out, Poll{})
+		return
+	}
+	if s.last.Began.Before(s.pollBefore) {
+		return // Observed will come
+	}
+	s.pollBefore = time.Time{}
+	s.stepAt = s.now.Add(s.dwell())
+	s.at(s.stepAt)
+	i := slices.Index(candidates, s.installed)
+	next := candidates[(i+1)%len(candidates)]
+	if next != s.installed {
+		s.begin(&operation{kind: opStep, record: next})
+	}
+}
+
+// huntDue is H1.
+func (s *KeyRotationScheduler) huntDue() bool {
+	if !s.ready || s.absent > 1 {
+		return false
+	}
+	if s.tunnel.linked {
+		return s.due(s.differsSince.Add(HuntRepair)) && !s.differsSince.IsZero()
+	}
+	old := !s.alive || s.now.Sub(s.handshakeAt) >= RekeyAfter
+	return old && !s.trying[0].IsZero() && s.trying[1].Sub(s.trying[0]) >= HuntEvidence
+}
+
+func (s *KeyRotationScheduler) dwell() time.Duration {
+	if s.tunnel.config.Role == Client {
+		return ClientDwell
+	}
+	return ServerDwell
+}
+
+func (s *KeyRotationScheduler) endHunt(why string) {
+	s.hunting = false
+	s.pollBefore = time.Time{}
+	key := none
+	if s.installed != nil {
+		key = s.installed.name()
+	}
+	s.note(NoteHuntEnded, key, why)
+}

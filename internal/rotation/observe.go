@@ -1,0 +1,267 @@
+package rotation
+
+import (
+	"time"
+
+	"keyturn/internal/psk"
+)
+
+// observe takes in a dump.
+func (s *KeyRotationScheduler) observe(o Observed) {
+	if o.Jumped {
+		s.alive = false // ages are unknown until the next change
+	}
+	if !o.Present {
+		// A dump during which peers are removed can be short: one absence
+		// says nothing.
+		if s.absent++; s.absent == 2 {
+			s.note(NoteMissing, none, "WireGuard does not know the peer")
+		}
+		return
+	}
+	if s.absent > 1 {
+		s.note(NotePresent, none, "WireGuard knows the peer again")
+		for _, r := range s.tunnel.records {
+			r.failed = false
+		}
+	}
+	s.absent = 0
+	print := o.PSK.Fingerprint()
+	previous := s.last
+	first := !s.ready
+	key := o.PSK
+	o.PSK = nil
+	s.last, s.lastPrint = o, print
+	if first {
+		s.ready = true
+		s.judgeOnce(o)
+		s.start(key, print)
+		return
+	}
+	s.handshake(previous, o)
+	s.watch(previous, o)
+	s.readBack(key, print, o)
+}
+
+// judgeOnce is C1: before any change was seen, the handshake's stamp is
+// judged by the local clock, once.
+func (s *KeyRotationScheduler) judgeOnce(o Observed) {
+	age := o.Wall.Sub(o.Handshake)
+	if !o.Handshake.IsZero() && age >= 0 && age < SessionLife {
+		s.alive, s.handshakeAt = true, o.Began.Add(-age)
+	}
+}
+
+// handshake is C1 and C5: a handshake is a change of the stamp's value.
+func (s *KeyRotationScheduler) handshake(previous, o Observed) {
+	if o.Handshake.Equal(previous.Handshake) {
+		return
+	}
+	if o.Handshake.IsZero() {
+		s.alive = false // the peer or the interface was made anew
+		return
+	}
+	s.alive, s.handshakeAt = true, s.now
+	s.used, s.idleUsed = false, false
+	s.trying = [2]time.Time{}
+	if s.hunting {
+		s.endHunt("a handshake came")
+	}
+	in := s.installed
+	if in == nil || in.found() || in.seen || s.setInProgress() || s.lastPrint != in.print {
+		return
+	}
+	// The dump before must have begun after the install, and the handshake be
+	// shown at least 2 s after it: the responder's stamp can be later than
+	// its use of the PSK.
+	if !previous.Began.Before(s.setAt) && !o.Began.Before(s.setAt.Add(SeenAfter)) {
+		in.seen = true
+		s.reportNow = true
+		s.save()
+		if s.peer != nil && s.peer.Installed == in.name() && s.peer.Seen {
+			s.confirm(in)
+		}
+	}
+}
+
+func (s *KeyRotationScheduler) setInProgress() bool { return s.op != nil && s.op.stage == setting }
+
+// watch collects the signs of handshakes that are tried without success (H1):
+// bytes move although the session is older than its rekeying.
+func (s *KeyRotationScheduler) watch(previous, o Observed) {
+	if s.alive && s.now.Sub(s.handshakeAt) < RekeyAfter {
+		return
+	}
+	if o.Rx == previous.Rx && o.Tx == previous.Tx {
+		return
+	}
+	if s.trying[0].IsZero() {
+		s.trying[0] = s.now
+	}
+	s.trying[1] = s.now
+}
+
+// idle says that there is no live session: none ever, or none for 180 s.
+func (s *KeyRotationScheduler) idle() bool {
+	if !s.alive {
+		return true
+	}
+	return s.due(s.handshakeAt.Add(SessionLife))
+}
+
+// start is S1: the installed PSK is matched with the journal.
+func (s *KeyRotationScheduler) start(key *psk.Key, print psk.Fingerprint) {
+	t := s.tunnel
+	defer func() { t.changed, s.reportNow = true, true }()
+	var match, newest *record
+	for _, r := range t.records {
+		if !r.found() && s.usable(r) {
+			newest = r
+		}
+		if r.print == print && (match == nil || match.found()) {
+			match = r
+		}
+	}
+	found := t.foundRecord()
+	switch {
+	case match != nil && !match.found():
+		s.installed, s.setAt = match, s.now
+		if match.since.IsZero() {
+			match.since, match.wall = s.now, s.wall()
+		}
+		s.verifiedOnce = true
+	case newest != nil: // a reboot: WireGuard has come up with its original PSK
+		s.installed = newest // if setting it fails, readBack sees that
+		s.begin(&operation{kind: opRestore, record: newest})
+	case found == nil:
+		found = &record{key: key.Clone(), print: print}
+		t.insert(found)
+		s.installed = found
+		s.save()
+	case match == found:
+		s.installed = found
+	default: // changed before keyturn ever set a key
+		s.adopt(key, print)
+	}
+	if found != nil && t.config.Fallback {
+		t.initial = found.print
+	}
+	if t.config.BlockStart && (s.installed == nil || !s.installed.confirmed) && (s.op == nil || !s.op.record.confirmed) ||
+		t.config.BlockStale && newest == nil && (s.verifiedOnce || s.installed == nil) {
+		s.blockNow("no fresh confirmed key at the start")
+	}
+}
+
+// adopt takes a PSK that somebody set before the first rotation for the one found.
+func (s *KeyRotationScheduler) adopt(key *psk.Key, print psk.Fingerprint) {
+	found := s.tunnel.foundRecord()
+	if s.tunnel.config.Fallback {
+		// The recorded one stays what the ends agreed on.
+		found = &record{key: key.Clone(), print: print}
+		s.installed = found
+		return
+	}
+	found.key.Wipe()
+	found.key, found.print = key.Clone(), print
+	s.installed = found
+	s.reportNow = true
+	s.save()
+}
+
+// readBack is C4 and F1: a dump that began after the last set shows whether
+// it took, and whether somebody else has changed the PSK since.
+func (s *KeyRotationScheduler) readBack(key *psk.Key, print psk.Fingerprint, o Observed) {
+	if s.op != nil && s.op.stage != asking || o.Began.Before(s.setAt) {
+		return
+	}
+	if s.matches(print) {
+		if s.restores > 0 && s.now.Sub(s.restoredAt) > restoreReset {
+			s.restores = 0
+		}
+		s.restoreAt = time.Time{}
+		return
+	}
+	if !s.restoreAt.IsZero() {
+		return // known, and waiting
+	}
+	if s.installed != nil && s.installed.found() && !s.verifiedOnce {
+		s.note(NoteForeign, none, "another PSK was set before the first rotation; taking it as found")
+		s.adopt(key, print)
+		return
+	}
+	// A set that was reported as failed may have taken all the same.
+	for _, r := range s.tunnel.records {
+		if r.failed && r.print == print {
+			r.failed = false
+			s.installed, s.setAt = r, s.now
+			s.reportNow = true
+			return
+		}
+	}
+	what := "another PSK (" + print.String() + ") was set"
+	if print.IsZero() {
+		what = "the PSK was removed"
+	}
+	wait := time.Duration(0)
+	if s.restores > 0 {
+		wait = min(time.Second<<min(s.restores, 10), restoreMax)
+		what += " again: another tool is at work on this tunnel"
+	}
+	s.note(NoteForeign, none, what)
+	s.restoreAt = s.now.Add(wait)
+}
+
+// matches says whether a PSK is the one that should be there.
+func (s *KeyRotationScheduler) matches(print psk.Fingerprint) bool {
+	if s.blocked {
+		return s.block != nil && s.block.Fingerprint() == print
+	}
+	return s.installed == nil || s.installed.print == print
+}
+
+// restore is F2: what should be there is set again, with a backoff where the
+// foreign change recurs.
+func (s *KeyRotationScheduler) restore() {
+	if s.op != nil || s.absent > 1 || !s.due(s.restoreAt) {
+		return
+	}
+	s.restoreAt = time.Time{}
+	s.restores++
+	s.restoredAt = s.now
+	if s.blocked {
+		s.begin(&operation{kind: opBlock})
+		return
+	}
+	s.begin(&operation{kind: opRestore, record: s.installed})
+}
+
+// expire is F3: no fresh key for max_key_age.
+func (s *KeyRotationScheduler) expire() {
+	c := &s.tunnel.config
+	if s.installed == nil || s.installed.found() || s.installed.since.IsZero() {
+		return
+	}
+	if !s.due(s.installed.since.Add(c.MaxKeyAge)) {
+		s.stale = false
+		return
+	}
+	if !s.stale {
+		s.stale = true
+		s.note(NoteStale, s.installed.name(), "no fresh key for "+c.MaxKeyAge.String())
+	}
+	if c.BlockStale && s.op == nil && s.ready && s.absent < 2 {
+		s.blockNow("the key is older than " + c.MaxKeyAge.String())
+	}
+}
+
+func (s *KeyRotationScheduler) blockNow(why string) {
+	k, err := psk.Random(s.tunnel.config.Random)
+	if err != nil {
+		s.failedTo(err.Error())
+		return
+	}
+	s.block.Wipe()
+	s.block = k
+	s.note(NoteBlocked, none, why)
+	s.begin(&operation{kind: opBlock})
+}

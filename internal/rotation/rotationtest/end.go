@@ -1,0 +1,410 @@
+package rotationtest
+
+import (
+	"time"
+
+	"keyturn/internal/kem"
+	"keyturn/internal/psk"
+	"keyturn/internal/rotation"
+	"keyturn/internal/wire"
+)
+
+// End is one host: its WireGuard device, its journal, and its rotator while
+// that runs.
+type End struct {
+	world *World
+	index int
+	up    bool
+	life  int // of the process: answers to an earlier one are lost
+
+	config    rotation.Config
+	tunnel    *rotation.Tunnel
+	gen       *rotation.KeyGenerator
+	sched     *rotation.KeyRotationScheduler
+	genTimer  time.Time
+	schdTimer time.Time
+	polls     int
+
+	journal  *rotation.Journal // on "disk"
+	recorded *rotation.Entry   // the PSK found at the first start, in the state directory
+	original *psk.Key          // what the host's own configuration sets after a reboot
+	device   device
+
+	// Faults.
+	CrashAfter int           // effects until a crash; zero: none
+	JournalBad bool          // saving fails
+	DeviceBad  bool          // setting fails
+	Gone       bool          // WireGuard does not know the peer
+	WallOffset time.Duration // of the wall clock
+
+	// For the invariants.
+	known     map[psk.Fingerprint]bool // may be set without verification: found, random
+	verified  map[psk.Fingerprint]bool
+	erased    map[psk.Fingerprint]bool
+	inJournal map[psk.Fingerprint]bool
+	last      uint64 // highest serial installed by a window or idle commit
+	Lost      int    // times the journal went
+	Notes     map[rotation.NoteKind]int
+}
+
+// Start starts the rotator.
+func (e *End) Start() {
+	w := e.world
+	if e.up {
+		return
+	}
+	e.up = true
+	e.life++
+	e.Notes = map[rotation.NoteKind]int{}
+	role := rotation.Client
+	if e.index == Server {
+		role = rotation.Server
+	}
+	e.config = rotation.Config{
+		Role: role, Parameters: parameters(&w.Options, e.index), KEMs: []kem.Scheme{Sham},
+		Heartbeat: 2 * time.Second, MaxKeyAge: w.MaxKeyAge, Fallback: w.Fallback,
+		BlockStale: w.BlockStale, BlockStart: w.BlockStart, Random: w.random,
+	}
+	e.config.Identity[0], e.config.PeerIdentity[0] = byte(e.index), byte(1-e.index)
+	_, _ = w.random.Read(e.config.Boot[:])
+	if w.Config != nil {
+		w.Config(e.index, &e.config)
+	}
+	e.tunnel = rotation.NewTunnel(e.config)
+	var j rotation.Journal
+	if e.journal != nil {
+		j.High = e.journal.High
+		j.Entries = clone(e.journal.Entries)
+	}
+	if e.recorded != nil && (len(j.Entries) == 0 || j.Entries[0].Serial != 0) {
+		j.Entries = append(clone([]rotation.Entry{*e.recorded}), j.Entries...)
+	}
+	e.tunnel.Restore(j, w.Now, e.wall())
+	e.gen = rotation.NewKeyGenerator(e.tunnel)
+	e.sched = rotation.NewKeyRotationScheduler(e.tunnel)
+	w.trace("%s: starts", names[e.index])
+	e.poll()
+	life := e.life
+	var again func()
+	again = func() {
+		if e.life == life && e.up {
+			e.poll()
+			w.after(time.Second, again)
+		}
+	}
+	w.after(time.Duration(w.rng.IntN(1000))*time.Millisecond, again)
+}
+
+func clone(entries []rotation.Entry) []rotation.Entry {
+	out := append([]rotation.Entry(nil), entries...)
+	for i := range out {
+		out[i].Key = out[i].Key.Clone()
+	}
+	return out
+}
+
+// Crash ends the rotator's process as kill -9 does.
+func (e *End) Crash() {
+	if !e.up {
+		return
+	}
+	e.up = false
+	e.life++
+	e.CrashAfter = 0
+	e.world.trace("%s: crashes", names[e.index])
+	e.world.Link.drop(e.world)
+}
+
+// Reboot restarts the host: WireGuard comes up with its original PSK, and the
+// run directory is empty.
+func (e *End) Reboot() {
+	e.Crash()
+	e.world.trace("%s: reboots", names[e.index])
+	e.reset()
+	if !e.world.Persistent {
+		e.journal = nil
+		e.Lost++
+		e.inJournal = nil
+		e.erased = map[psk.Fingerprint]bool{}
+		e.last = 0
+	}
+}
+
+// Foreign puts another PSK into WireGuard.
+func (e *End) Foreign() {
+	k, _ := psk.Random(e.world.random)
+	e.world.trace("%s: wg set", names[e.index])
+	if p := e.device.psk.Fingerprint(); e.known[p] {
+		e.Lost++ // before the first rotation the operator may do so: there is no key to return to
+		e.known[k.Fingerprint()] = true
+	}
+	e.device.psk = k
+}
+
+// Rotate is the operator's command.
+func (e *End) Rotate() {
+	if e.up {
+		e.scheduler(rotation.Rotate{})
+	}
+}
+
+// View returns the scheduler's state.
+func (e *End) View() rotation.View { return e.sched.View() }
+
+// Generator returns the generator's state.
+func (e *End) Health() rotation.Health { return e.gen.Health() }
+
+func (e *End) wall() time.Time { return e.world.Now.Add(e.WallOffset) }
+
+func (e *End) poll() {
+	d := &e.device
+	e.scheduler(rotation.Observed{
+		Began: e.world.Now, Wall: e.wall(), Present: !e.Gone, PSK: d.psk.Clone(),
+		Handshake: d.stamp, Rx: d.rx, Tx: d.tx,
+	})
+}
+
+func (e *End) generator(ev rotation.Event) {
+	if !e.up {
+		return
+	}
+	e.carry(e.gen.Step(e.world.Now, ev), true)
+}
+
+func (e *End) scheduler(ev rotation.Event) {
+	if !e.up {
+		return
+	}
+	e.carry(e.sched.Step(e.world.Now, ev), false)
+}
+
+// carry carries effects out and keeps the timers.
+func (e *End) carry(effects []rotation.Effect, generator bool) {
+	w := e.world
+	life := e.life
+	for _, f := range effects {
+		if e.life != life {
+			return
+		}
+		e.effect(f, generator)
+		if e.CrashAfter > 0 {
+			if e.CrashAfter--; e.CrashAfter == 0 {
+				e.Crash()
+				return
+			}
+		}
+	}
+	if generator {
+		if t, ok := e.gen.Deadline(); ok && !t.Equal(e.genTimer) {
+			e.genTimer = t
+			w.after(t.Sub(w.Now), func() {
+				if e.life == life && e.genTimer.Equal(t) {
+					e.genTimer = time.Time{}
+					e.generator(rotation.Tick{})
+				}
+			})
+		}
+		return
+	}
+	if t, ok := e.sched.Deadline(); ok && !t.Equal(e.schdTimer) {
+		if !t.After(w.Now) {
+			w.fail("%s: deadline %v is not in the future", names[e.index], t)
+			return
+		}
+		e.schdTimer = t
+		w.after(t.Sub(w.Now), func() {
+			if e.life == life && e.schdTimer.Equal(t) {
+				e.schdTimer = time.Time{}
+				e.scheduler(rotation.Tick{})
+			}
+		})
+	}
+}
+
+func (e *End) effect(f rotation.Effect, generator bool) {
+	w := e.world
+	life := e.life
+	later := func(ev rotation.Event) {
+		w.after(time.Millisecond, func() {
+			if e.life == life {
+				e.scheduler(ev)
+			}
+		})
+	}
+	switch f := f.(type) {
+	case rotation.Send:
+		w.Link.send(w, e.index, f.Message)
+	case rotation.CloseLink:
+		w.trace("%s: closes the link", names[e.index])
+		w.Link.close(w, e.index)
+	case rotation.Fetch:
+		if f.KeyID == "" {
+			w.trace("%s -> kms: a key", names[e.index])
+		} else {
+			w.trace("%s -> kms: fetch %q", names[e.index], f.KeyID)
+		}
+		w.fetch(e, f)
+	case rotation.Save:
+		var err error
+		if e.JournalBad {
+			err = errFault
+		} else {
+			e.store(f.Journal)
+		}
+		later(rotation.Saved{Token: f.Token, Err: err})
+	case rotation.SetPSK:
+		var err error
+		if e.DeviceBad {
+			err = errFault
+		} else if !e.Gone {
+			e.setPSK(f.Key)
+		}
+		later(rotation.Set{Token: f.Token, Err: err})
+	case rotation.Probe:
+		w.trace("%s: probes the tunnel", names[e.index])
+		w.data(e, false)
+	case rotation.Poll:
+		if e.polls++; e.polls > 1 {
+			return
+		}
+		w.after(200*time.Millisecond, func() {
+			e.polls = 0
+			if e.life == life {
+				e.poll()
+			}
+		})
+	case rotation.Wake:
+		w.after(0, func() {
+			if e.life != life {
+				return
+			}
+			if generator {
+				e.scheduler(rotation.Tick{})
+			} else {
+				e.generator(rotation.Tick{})
+			}
+		})
+	case rotation.Note:
+		e.noted(f)
+	}
+}
+
+func (e *End) noted(n rotation.Note) {
+	w := e.world
+	e.Notes[n.Kind]++
+	if n.Kind == rotation.NoteEstablished {
+		e.verified[n.Key.Fingerprint] = true
+	}
+	switch {
+	case !n.Key.Fingerprint.IsZero():
+		w.trace("%s: %v %v: %s", names[e.index], n.Kind, n.Key, n.Text)
+	case n.Key.Serial != 0:
+		w.trace("%s: %v %d: %s", names[e.index], n.Kind, n.Key.Serial, n.Text)
+	default:
+		w.trace("%s: %v: %s", names[e.index], n.Kind, n.Text)
+	}
+	if n.Kind == rotation.NoteConfirmed {
+		w.confirm[n.Key] |= 1 << e.index
+	}
+}
+
+// store is the journal on disk, and the place where erasures are seen.
+func (e *End) store(j rotation.Journal) {
+	w := e.world
+	now := map[psk.Fingerprint]bool{}
+	for _, x := range j.Entries {
+		now[x.Key.Fingerprint()] = true
+		if x.Serial == 0 && e.recorded == nil && w.Fallback {
+			r := x
+			r.Key = x.Key.Clone()
+			e.recorded = &r
+		}
+	}
+	for p := range e.inJournal {
+		if !now[p] {
+			e.erased[p] = true
+		}
+	}
+	for p := range now {
+		if e.known[p] {
+			delete(e.erased, p) // found again
+		}
+		if e.erased[p] {
+			w.fail("%s: the erased key %v is back in the journal", names[e.index], p)
+		}
+	}
+	e.inJournal = now
+	e.journal = &j
+	w.checkCommon()
+}
+
+// setPSK is WireGuard taking a PSK, and the place where keys are checked.
+func (e *End) setPSK(k *psk.Key) {
+	w := e.world
+	if k == nil {
+		k = new(psk.Key)
+	}
+	p := k.Fingerprint()
+	w.trace("%s: sets %v", names[e.index], p)
+	e.device.psk = k
+	both := w.Ends[0].verified[p] && w.Ends[1].verified[p]
+	blocked := (e.config.BlockStale || e.config.BlockStart) && !both
+	if !both && !e.known[p] && !blocked {
+		w.fail("%s: installed %v, which was not verified by both ends", names[e.index], p)
+	}
+	if e.erased[p] {
+		w.fail("%s: installed the erased key %v", names[e.index], p)
+	}
+}
+
+// checkCommon is the promise that no tunnel is lost: while no journal was
+// lost, the keys that the two ends would hunt through have one in common.
+func (w *World) checkCommon() {
+	if w.Ends[0].Lost+w.Ends[1].Lost > 0 {
+		return
+	}
+	a, b := w.Ends[0].possible(), w.Ends[1].possible()
+	if a == nil || b == nil {
+		return
+	}
+	for p := range a {
+		if b[p] {
+			return
+		}
+	}
+	w.fail("the ends have no key in common: %v and %v", keys(a), keys(b))
+}
+
+func keys(m map[psk.Fingerprint]bool) (out []string) {
+	for p := range m {
+		out = append(out, p.String())
+	}
+	return out
+}
+
+// possible names the keys that an end would hunt through if it restarted from
+// its journal now.
+func (e *End) possible() map[psk.Fingerprint]bool {
+	if e.journal == nil {
+		return nil
+	}
+	t := rotation.NewTunnel(e.config)
+	t.Restore(rotation.Journal{High: e.journal.High, Entries: clone(e.journal.Entries)}, e.world.Now, e.wall())
+	m := map[psk.Fingerprint]bool{}
+	for _, n := range t.Candidates() {
+		m[n.Fingerprint] = true
+	}
+	return m
+}
+
+func (e *End) receive(m wire.Message) {
+	switch m.(type) {
+	case *wire.Commit, *wire.Committed, *wire.Refused, *wire.Bye:
+		e.scheduler(rotation.Received{Message: m})
+	case *wire.Report:
+		e.generator(rotation.Received{Message: m})
+		e.scheduler(rotation.Received{Message: m})
+	default:
+		e.generator(rotation.Received{Message: m})
+	}
+}

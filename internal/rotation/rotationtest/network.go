@@ -1,0 +1,426 @@
+package rotationtest
+
+import (
+	"fmt"
+	"time"
+
+	"keyturn/internal/psk"
+	"keyturn/internal/rotation"
+	"keyturn/internal/wire"
+)
+
+// Link is the connection between the rotators.
+type Link struct {
+	Cut   bool // partitioned: silence, and no new connection
+	Lose  int  // one message in Lose is lost on a standing connection
+	Twice int  // one in Twice comes twice
+	Late  int  // one in Late is delayed by up to 5 s, and overtaken
+
+	delay   time.Duration
+	up      [2]bool
+	number  int          // of the connection
+	waiting [2][]sent    // in Manual: for each end
+	busy    [2]time.Time // keeps the order of each direction
+}
+
+type sent struct {
+	message wire.Message
+	number  int
+}
+
+func (l *Link) send(w *World, from int, m wire.Message) {
+	to := 1 - from
+	if !l.up[from] {
+		return
+	}
+	b, err := wire.Encode(m)
+	if err != nil {
+		w.fail("%s: %v", names[from], err)
+		return
+	}
+	m, err = wire.Decode(b)
+	if err != nil {
+		w.fail("%s sent what cannot be decoded: %v", names[from], err)
+		return
+	}
+	if _, heartbeat := m.(*wire.Report); !heartbeat || w.Manual {
+		w.trace("%s -> %s: %v", names[from], names[to], m)
+	}
+	if w.Manual {
+		l.waiting[to] = append(l.waiting[to], sent{m, l.number})
+		return
+	}
+	if w.draw(l.Lose) {
+		return
+	}
+	times := 1
+	if w.draw(l.Twice) {
+		times = 2
+	}
+	for range times {
+		at := w.Now.Add(l.delay)
+		if w.draw(l.Late) {
+			at = at.Add(time.Duration(w.rng.IntN(5000)) * time.Millisecond)
+		} else if l.Late == 0 {
+			if at.Before(l.busy[to]) {
+				at = l.busy[to]
+			}
+			l.busy[to] = at
+		}
+		number := l.number
+		w.after(at.Sub(w.Now), func() {
+			if l.number == number && l.up[to] && w.linkWorks() {
+				w.Ends[to].receive(m)
+			}
+		})
+	}
+}
+
+// Deliver hands the oldest message that waits for an end to it (Manual). It
+// reports whether there was one.
+func (w *World) Deliver(to int) bool {
+	l := &w.Link
+	for len(l.waiting[to]) > 0 {
+		s := l.waiting[to][0]
+		l.waiting[to] = l.waiting[to][1:]
+		if s.number == l.number && l.up[to] {
+			w.Ends[to].receive(s.message)
+			return true
+		}
+	}
+	return false
+}
+
+// Lose drops the oldest message that waits for an end (Manual).
+func (w *World) Lose(to int) (wire.Message, bool) {
+	l := &w.Link
+	if len(l.waiting[to]) == 0 {
+		return nil, false
+	}
+	m := l.waiting[to][0].message
+	l.waiting[to] = l.waiting[to][1:]
+	return m, true
+}
+
+// Repeat puts a copy of the oldest message that waits for an end behind it.
+func (w *World) Repeat(to int) bool {
+	l := &w.Link
+	if len(l.waiting[to]) == 0 {
+		return false
+	}
+	l.waiting[to] = append([]sent{l.waiting[to][0]}, l.waiting[to]...)
+	return true
+}
+
+// Swap lets the second message that waits for an end overtake the first.
+func (w *World) Swap(to int) bool {
+	l := &w.Link
+	if len(l.waiting[to]) < 2 {
+		return false
+	}
+	l.waiting[to][0], l.waiting[to][1] = l.waiting[to][1], l.waiting[to][0]
+	return true
+}
+
+// Redial breaks the connection and makes a new one at once.
+func (w *World) Redial() {
+	w.Link.drop(w)
+	w.connect()
+}
+
+func (w *World) linkWorks() bool {
+	return !w.Link.Cut && (!w.Inside || w.tunnelWorks())
+}
+
+// dial tries every two seconds, for ever, as the client's link does.
+func (w *World) dial() {
+	if !w.Link.up[Client] && w.Ends[Client].up {
+		if w.Inside && !w.Link.Cut {
+			w.data(w.Ends[Client], false)
+		}
+		if w.Ends[Server].up && w.linkWorks() {
+			w.connect()
+		}
+	}
+	if w.Manual {
+		return
+	}
+	w.after(time.Second+time.Duration(w.rng.IntN(1000))*time.Millisecond, w.dial)
+}
+
+func (w *World) connect() {
+	l := &w.Link
+	l.number++
+	w.trace("link up")
+	for _, to := range []int{Server, Client} {
+		e := w.Ends[to]
+		if l.up[to] { // a half-open one is replaced
+			l.up[to] = false
+			e.both(rotation.LinkDown{})
+		}
+	}
+	l.up = [2]bool{true, true}
+	l.waiting = [2][]sent{}
+	w.Ends[Server].both(rotation.LinkUp{})
+	w.Ends[Client].both(rotation.LinkUp{})
+}
+
+func (e *End) both(ev rotation.Event) {
+	e.generator(ev)
+	e.scheduler(ev)
+}
+
+// close ends one end's side; the other hears of it if the network lets it.
+func (l *Link) close(w *World, by int) {
+	if !l.up[by] {
+		return
+	}
+	number := l.number
+	down := func(end int) func() {
+		l.up[end] = false
+		return func() {
+			if l.number == number { // otherwise a new connection has replaced it
+				w.Ends[end].both(rotation.LinkDown{})
+			}
+		}
+	}
+	w.after(0, down(by))
+	if to := 1 - by; w.linkWorks() && l.up[to] {
+		w.after(l.delay, down(to))
+	}
+}
+
+// drop ends the connection at both ends, unless a partition hides it.
+func (l *Link) drop(w *World) {
+	for i, e := range w.Ends {
+		if l.up[i] && (!e.up || w.linkWorks()) {
+			l.up[i] = false
+			if e.up {
+				e.both(rotation.LinkDown{})
+			}
+		}
+	}
+}
+
+// Network is what carries WireGuard's packets.
+type Network struct {
+	Cut  bool
+	Loss int // one packet in Loss is lost
+
+	delay time.Duration
+
+	Sent, Lost      int // pings
+	Failed          int // handshakes that got no answer in 5 s, after the first session
+	Handshakes      int
+	established     bool
+	lastEstablished time.Time
+}
+
+// device is WireGuard's view of the peer.
+type device struct {
+	psk      *psk.Key
+	session  *session
+	stamp    time.Time
+	rx, tx   uint64
+	trying   int // attempt under way; zero: none
+	tried    time.Time
+	heardAt  time.Time
+	unheard  time.Time // first data sent since anything was heard
+	attempts uint64
+	life     int // packets under way to an earlier one are lost
+}
+
+type session struct {
+	birth     time.Time
+	initiator int
+	known     [2]bool
+}
+
+// reset is WireGuard without any memory but the configured PSK.
+func (e *End) reset() {
+	for _, x := range e.world.Ends {
+		if s := x.device.session; s != nil {
+			s.known[e.index] = false
+		}
+	}
+	e.device = device{psk: e.original.Clone(), life: e.device.life + 1}
+}
+
+func (s *session) live(now time.Time) bool {
+	return s != nil && now.Sub(s.birth) < rotation.SessionLife
+}
+
+func (w *World) pass() bool { return !w.Tunnel.Cut && !w.draw(w.Tunnel.Loss) }
+
+func (w *World) tunnelWorks() bool {
+	for _, e := range w.Ends {
+		if s := e.device.session; e.Gone || !s.live(w.Now) || !s.known[1-e.index] {
+			return false
+		}
+	}
+	return !w.Tunnel.Cut
+}
+
+// Works reports whether the tunnel carries packets now.
+func (w *World) Works() bool { return w.tunnelWorks() }
+
+// traffic is a ping in both directions.
+func (w *World) traffic() {
+	for _, e := range w.Ends {
+		w.data(e, true)
+	}
+}
+
+// data is one packet handed to WireGuard at an end.
+func (w *World) data(e *End, ping bool) {
+	d := &e.device
+	if e.Gone {
+		return
+	}
+	n := &w.Tunnel
+	if ping && n.established {
+		n.Sent++
+	}
+	lost := func() {
+		if ping && n.established {
+			n.Lost++
+			w.trace("packet from %s lost", names[e.index])
+		}
+	}
+	if !d.session.live(w.Now) {
+		d.session = nil
+		w.initiate(e)
+		lost()
+		return
+	}
+	if d.session.initiator == e.index && w.Now.Sub(d.session.birth) >= rotation.RekeyAfter {
+		w.initiate(e)
+	}
+	if d.unheard.IsZero() {
+		d.unheard = w.Now
+	} else if w.Now.Sub(d.unheard) >= 15*time.Second {
+		w.initiate(e)
+	}
+	d.tx += 128
+	s := d.session
+	if !w.pass() {
+		lost()
+		return
+	}
+	peer := w.Ends[1-e.index]
+	life := peer.device.life
+	w.after(n.delay, func() {
+		p := &peer.device
+		if !s.live(w.Now) || !s.known[peer.index] || peer.Gone || p.life != life {
+			lost()
+			return
+		}
+		if p.session == nil || s.birth.After(p.session.birth) { // the responder's first packet of a new session
+			p.session = s
+			p.stamp = peer.wall()
+		}
+		p.rx += 128
+		p.unheard = time.Time{}
+		if d.session == s {
+			d.unheard = time.Time{} // the answer, or a keepalive
+		}
+	})
+}
+
+// initiate starts a handshake unless one is under way.
+func (w *World) initiate(e *End) {
+	d := &e.device
+	if d.trying != 0 || w.Now.Sub(d.tried) < 5*time.Second {
+		return
+	}
+	d.trying = 1
+	w.message1(e)
+}
+
+// Handshake provokes a handshake at an end, as SendHandshakeInitiation does.
+func (w *World) Handshake(end int) {
+	e := w.Ends[end]
+	e.device.trying, e.device.tried = 1, time.Time{}
+	w.message1(e)
+}
+
+func (w *World) message1(e *End) {
+	d, n := &e.device, &w.Tunnel
+	d.tried = w.Now
+	d.tx += 148
+	d.attempts++
+	attempt := d.attempts
+	retry := 5*time.Second + time.Duration(w.rng.IntN(333))*time.Millisecond
+	w.after(retry, func() {
+		if d.trying == 0 || d.attempts != attempt || e.Gone {
+			return
+		}
+		if n.established {
+			n.Failed++
+			w.trace("handshake by %s fails", names[e.index])
+		}
+		if d.trying++; d.trying > 18 {
+			d.trying = 0
+			return
+		}
+		w.message1(e)
+	})
+	if !w.pass() {
+		return
+	}
+	peer := w.Ends[1-e.index]
+	p := &peer.device
+	mine, theirs := d.life, p.life
+	gone := func() bool { return d.life != mine || p.life != theirs || e.Gone || peer.Gone }
+	w.after(n.delay, func() {
+		if gone() {
+			return
+		}
+		p.rx += 148
+		p.tx += 92
+		responder := p.psk.Fingerprint() // the responder reads its PSK here
+		s := &session{initiator: e.index}
+		s.birth = w.Now
+		s.known[peer.index] = true
+		if !w.pass() {
+			return
+		}
+		w.after(n.delay, func() {
+			if d.trying == 0 || d.attempts != attempt || gone() || d.psk.Fingerprint() != responder {
+				return
+			}
+			s.known[e.index] = true
+			d.rx += 92
+			d.trying = 0
+			d.session = s
+			d.stamp = e.wall()
+			d.unheard = time.Time{}
+			n.established = true
+			n.lastEstablished = w.Now
+			n.Handshakes++
+			w.trace("handshake by %s under %v", names[e.index], responder)
+			if !w.pass() {
+				return
+			}
+			w.after(n.delay, func() { // the keepalive that follows
+				if (p.session == nil || s.birth.After(p.session.birth)) && s.live(w.Now) && !gone() {
+					p.session = s
+					p.stamp = peer.wall()
+					p.rx += 32
+				}
+			})
+		})
+	})
+}
+
+// Describe is a line about both ends, for failing tests.
+func (w *World) Describe() string {
+	a, b := w.Ends[0], w.Ends[1]
+	for _, e := range w.Ends {
+		if e.up {
+			w.trace("%s: %+v candidates %v", names[e.index], e.View(), e.tunnel.Candidates())
+		}
+	}
+	return fmt.Sprintf("at %v: client %v, server %v, link %v, works %v, confirmed %d, pings lost %d of %d",
+		w.elapsed(), a.device.psk.Fingerprint(), b.device.psk.Fingerprint(), w.Link.up, w.tunnelWorks(), w.Confirmed(), w.Tunnel.Lost, w.Tunnel.Sent)
+}
