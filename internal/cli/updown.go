@@ -13,6 +13,7 @@ import (
 
 	"keyturn/internal/config"
 	"keyturn/internal/control"
+	"keyturn/internal/daemon"
 	"keyturn/internal/detach"
 	"keyturn/internal/logfile"
 	"keyturn/internal/registry"
@@ -187,12 +188,14 @@ func (d *dirs) forget(e registry.Entry) error {
 	log := logfile.Path(d.log, e.Interface)
 	files := []string{
 		control.SocketPath(d.run, e.Interface),
-		filepath.Join(d.run, e.Interface+".journal"),
-		filepath.Join(d.state, e.Interface+".initial"),
 		log, log + ".1",
 	}
-	if c, err := config.Load(e.Config); err == nil && c.Interface == e.Interface && c.Journal != nil {
-		files = append(files, c.Journal.Path)
+	var persistent *config.Journal
+	if c, err := config.Load(e.Config); err == nil && c.Interface == e.Interface {
+		persistent = c.Journal
+	}
+	if err := daemon.Forget(d.run, d.state, e.Interface, persistent); err != nil {
+		return err
 	}
 	for _, f := range files {
 		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {

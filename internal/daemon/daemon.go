@@ -6,7 +6,18 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io/fs"
 	"log/slog"
+	"net"
+	"net/netip"
+
+	"golang.org/x/sync/errgroup"
+
+	"keyturn/internal/config"
+	"keyturn/internal/control"
+	"keyturn/internal/link"
+	"keyturn/internal/wg"
 )
 
 // Options is what a rotator needs from whoever starts it.
@@ -24,5 +35,81 @@ type Options struct {
 // operator says down; it then says goodbye to the peers, leaves the last PSK
 // in place and returns nil. An error before Ready means that nothing was changed.
 func Run(ctx context.Context, o Options) error {
-	return errors.New("not composed yet")
+	c, err := config.Load(o.ConfigPath)
+	if err != nil {
+		return err
+	}
+	device, err := OpenDevice(c)
+	if err != nil {
+		return err
+	}
+	defer device.Close()
+	identity, err := link.ReadIdentityFile(c.Identity)
+	if err != nil {
+		return fmt.Errorf("identity: %w", err)
+	}
+	sources, err := OpenSources(c)
+	if err != nil {
+		return err
+	}
+	defer sources.Close()
+	server, err := control.Listen(control.SocketPath(o.RunDir, c.Interface))
+	if err != nil {
+		return err
+	}
+	listener, err := net.Listen("tcp", c.Listen)
+	if err != nil {
+		return errors.Join(fmt.Errorf("listen for peers: %w", err), server.Close())
+	}
+	store, err := openStore(c, o.RunDir, o.StateDir)
+	if err != nil {
+		return errors.Join(err, listener.Close(), server.Close())
+	}
+	r, err := New(Parts{
+		Config: c, ConfigPath: o.ConfigPath, Device: device, Identity: identity, Listener: listener, Source: sources.For,
+		Store: store, Log: o.Log, Version: o.Version, LogDropped: o.LogDropped,
+	})
+	if err != nil {
+		return errors.Join(err, listener.Close(), server.Close())
+	}
+
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	r.stop = stop
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return server.Serve(ctx, r) })
+	g.Go(func() error { return r.Run(ctx) })
+	o.Ready()
+	return g.Wait()
+}
+
+// OpenDevice opens the interface and judges the configuration by it.
+func OpenDevice(c *config.Config) (wg.Device, error) {
+	device, err := wg.Open(c.Interface)
+	if err == nil {
+		var dump *wg.Dump
+		if dump, err = device.Dump(); err == nil {
+			defer dump.Wipe()
+			if err = CheckDevice(c, dump); err == nil {
+				return device, nil
+			}
+		}
+		_ = device.Close()
+	}
+	if _, ok := errors.AsType[config.Problems](err); ok {
+		return nil, err
+	}
+	if errors.Is(err, wg.ErrNoDevice) {
+		err = fs.ErrNotExist
+	}
+	return nil, c.NoDevice(err)
+}
+
+// CheckDevice judges the configuration by what WireGuard shows.
+func CheckDevice(c *config.Config, dump *wg.Dump) error {
+	peers := make(map[[32]byte][]netip.Prefix, len(dump.Peers))
+	for k, p := range dump.Peers {
+		peers[k] = p.AllowedIPs
+	}
+	return c.CheckDevice(c.Interface, dump.PublicKey, peers)
 }

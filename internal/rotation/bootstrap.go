@@ -37,7 +37,7 @@ func (g *KeyGenerator) linkUp() {
 
 func (g *KeyGenerator) linkDown() {
 	t := g.tunnel
-	t.linked, t.accepted, t.session, t.peerHeld, t.differences = false, false, wire.SessionID{}, nil, nil
+	t.linked, t.accepted, t.session, t.peerHeld = false, false, wire.SessionID{}, nil // the differences stay visible
 	g.boot.ack, g.boot.answered = nil, false
 	g.dropRounds()
 	t.changed = true

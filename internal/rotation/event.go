@@ -37,6 +37,9 @@ type (
 	// OtherVersion says that the peer sent a bootstrap message of a protocol
 	// version that cannot be decoded.
 	OtherVersion struct{ Version uint16 }
+	// RoleConflict says that the peer takes itself for the client, as this
+	// end does.
+	RoleConflict struct{}
 )
 
 // Events for the KeyRotationScheduler.
@@ -74,6 +77,7 @@ func (LinkDown) event()     {}
 func (Received) event()     {}
 func (Fetched) event()      {}
 func (OtherVersion) event() {}
+func (RoleConflict) event() {}
 func (Observed) event()     {}
 func (Saved) event()        {}
 func (Set) event()          {}

@@ -78,6 +78,8 @@ func (g *KeyGenerator) Step(now time.Time, e Event) []Effect {
 		g.linkDown()
 	case OtherVersion:
 		g.otherVersion(e.Version)
+	case RoleConflict:
+		g.refuse([]wire.Difference{{Field: "role", Client: "client", Server: "client"}})
 	case Fetched:
 		g.fetched(e)
 	case Received:

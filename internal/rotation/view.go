@@ -45,6 +45,7 @@ type View struct {
 	Rotations    uint64
 	LastRotation time.Time // wall clock
 	Linked       bool
+	Pulled       bool // a key waits for its window
 	PeerStopped  bool
 	Foreign      int    // foreign changes undone lately
 	LastError    string // of the journal or WireGuard
@@ -54,7 +55,7 @@ type View struct {
 func (s *KeyRotationScheduler) View() View {
 	v := View{
 		Handshake: -1, Rotations: s.rotations, LastRotation: s.lastRotation,
-		Linked: s.tunnel.linked, PeerStopped: s.goodbye, Foreign: s.restores, LastError: s.lastError,
+		Linked: s.tunnel.linked, Pulled: s.tunnel.pulled != nil, PeerStopped: s.goodbye, Foreign: s.restores, LastError: s.lastError,
 	}
 	if s.alive {
 		v.Handshake = s.now.Sub(s.handshakeAt)

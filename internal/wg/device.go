@@ -110,11 +110,24 @@ type Device interface {
 	// SetPSK sets the pre-shared key of a peer, which takes effect at its
 	// next handshake. It returns nil and does nothing if the peer does not
 	// exist, for so does WireGuard: read it back in a dump that began after
-	// the call. The key stays the caller's.
+	// the call. A nil key removes the pre-shared key; an all-zero one, which
+	// WireGuard would take for the same, is ErrZeroKey. The key stays the
+	// caller's.
 	SetPSK(PublicKey, *psk.Key) error
 	// Probe sends one packet into the tunnel to a peer, so that WireGuard
 	// makes a handshake if there is no live session.
 	Probe(PublicKey) error
 	// Close gives up the access; the interface goes on.
 	Close() error
+}
+
+// presharedKey returns what WireGuard is to be given for a key: zeros for nil.
+func presharedKey(key *psk.Key) (b [psk.Size]byte, err error) {
+	if key == nil {
+		return b, nil
+	}
+	if key.IsZero() {
+		return b, ErrZeroKey
+	}
+	return [psk.Size]byte(key.Bytes()), nil
 }

@@ -131,18 +131,23 @@ func (f *Fake) Dump() (*Dump, error) {
 func (f *Fake) SetPSK(k PublicKey, key *psk.Key) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if key.IsZero() {
-		return ErrZeroKey
+	secret, err := presharedKey(key)
+	if err != nil {
+		return err
+	}
+	set, err := psk.New(secret[:])
+	if err != nil {
+		return err
 	}
 	if err := f.check(f.fail.SetPSK); err != nil {
 		return err
 	}
 	if p, ok := f.peers[k]; ok {
 		p.PSK.Wipe()
-		p.PSK = key.Clone()
+		p.PSK = set
 		f.peers[k] = p
 	}
-	f.sets = append(f.sets, FakeSet{k, key.Fingerprint()})
+	f.sets = append(f.sets, FakeSet{k, set.Fingerprint()})
 	return nil
 }
 

@@ -44,16 +44,18 @@ func (d *inProcess) Dump() (*Dump, error) {
 
 // SetPSK implements Device.
 func (d *inProcess) SetPSK(peer PublicKey, key *psk.Key) error {
-	if key.IsZero() {
-		return ErrZeroKey
+	secret, err := presharedKey(key)
+	if err != nil {
+		return err
 	}
+	defer clear(secret[:])
 	if d.closed() {
 		return ErrNoDevice
 	}
 	return d.set(func(c *uapiWriter) {
 		c.secret("public_key", peer[:])
 		c.line("update_only", "true")
-		c.secret("preshared_key", key.Bytes())
+		c.secret("preshared_key", secret[:])
 	})
 }
 

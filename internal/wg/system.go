@@ -91,11 +91,13 @@ func (s *system) Dump() (*Dump, error) {
 
 // SetPSK implements Device.
 func (s *system) SetPSK(peer PublicKey, key *psk.Key) error {
-	if key.IsZero() {
-		return ErrZeroKey
+	raw, err := presharedKey(key)
+	if err != nil {
+		return err
 	}
-	secret := wgtypes.Key(key.Bytes())
-	_, err := call(s.writes, func(c *wgctrl.Client) (struct{}, error) {
+	secret := wgtypes.Key(raw)
+	clear(raw[:])
+	_, err = call(s.writes, func(c *wgctrl.Client) (struct{}, error) {
 		defer clear(secret[:]) // here, for the call can outlive its deadline
 		return struct{}{}, c.ConfigureDevice(s.name, wgtypes.Config{Peers: []wgtypes.PeerConfig{{
 			PublicKey:    wgtypes.Key(peer),

@@ -1,0 +1,496 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"keyturn/internal/config"
+	"keyturn/internal/kms"
+	"keyturn/internal/link"
+	"keyturn/internal/psk"
+	"keyturn/internal/rotation"
+	"keyturn/internal/wg"
+	"keyturn/internal/wire"
+)
+
+// peer runs the two machines of one peer, each in a goroutine of its own: its
+// inbox is the only way to it. mu lets only one of them step at a time, for
+// they share the tunnel.
+type peer struct {
+	rotator    *Rotator
+	config     *config.Peer
+	key        wg.PublicKey
+	role       rotation.Role
+	parameters wire.Parameters
+	pins       link.Pins
+	source     kms.Source // nil: no QKD
+	inside     bool
+	log        *slog.Logger
+
+	gen, sched *inbox
+
+	mu        sync.Mutex
+	tunnel    *rotation.Tunnel
+	generator *rotation.KeyGenerator
+	scheduler *rotation.KeyRotationScheduler
+
+	connMu       sync.Mutex
+	conn         *link.Conn // the newest
+	linkAt       time.Time  // of its last change
+	linkError    string
+	refused      bool // linkError says that the other end is not who it should be
+	kmsLast      time.Time
+	kmsError     string
+	journalError string
+	deviceError  string
+	foreignAt    time.Time
+	jumpedAt     time.Time
+}
+
+// inbox is what waits for a machine. A machine that only reads WireGuard's
+// newest state and cumulative messages can always catch up; the inbox is
+// bounded, and whoever fills it waits.
+type inbox struct {
+	events chan item
+	wake   chan struct{} // holds a token while a Tick is wanted
+}
+
+// item is an event and the connection that it came over, if any.
+type item struct {
+	event rotation.Event
+	conn  *link.Conn
+}
+
+const inboxSize = 16
+
+func newInbox() *inbox {
+	return &inbox{events: make(chan item, inboxSize), wake: make(chan struct{}, 1)}
+}
+
+// put adds an event that may be dropped where the inbox is full.
+func (b *inbox) put(e rotation.Event, c *link.Conn) {
+	select {
+	case b.events <- item{e, c}:
+	default:
+	}
+}
+
+// deliver adds an event, waiting for room.
+func (b *inbox) deliver(ctx context.Context, e rotation.Event, c *link.Conn) {
+	select {
+	case b.events <- item{e, c}:
+	case <-ctx.Done():
+	}
+}
+
+func (b *inbox) tick() {
+	select {
+	case b.wake <- struct{}{}:
+	default:
+	}
+}
+
+// machine is what both machines have in common.
+type machine interface {
+	Step(time.Time, rotation.Event) []rotation.Effect
+	Deadline() (time.Time, bool)
+}
+
+// run runs the peer until ctx ends.
+func (p *peer) run(ctx context.Context, observations <-chan wg.Observation) error {
+	g, ctx := errgroup.WithContext(ctx)
+	fetches := &fetcher{peer: p, ctx: ctx}
+	g.Go(func() error { p.drive(ctx, p.generator, p.gen, nil, fetches); return nil })
+	g.Go(func() error { p.drive(ctx, p.scheduler, p.sched, observations, nil); return nil })
+	if p.role == rotation.Client {
+		g.Go(func() error { p.dial(ctx); return nil })
+	}
+	err := g.Wait()
+	fetches.wait.Wait()
+	p.connMu.Lock()
+	conn := p.conn
+	p.connMu.Unlock()
+	if conn != nil {
+		err = errors.Join(err, closed(conn.Close()))
+	}
+	if p.source != nil {
+		err = errors.Join(err, p.source.Close())
+	}
+	return err
+}
+
+// closed is err unless it only says that the other end was faster.
+func closed(err error) error {
+	var opErr *net.OpError
+	if errors.Is(err, net.ErrClosed) || errors.Is(err, io.EOF) || errors.As(err, &opErr) {
+		return nil
+	}
+	return err
+}
+
+// drive is the goroutine of one machine.
+func (p *peer) drive(ctx context.Context, m machine, in *inbox, observations <-chan wg.Observation, fetches *fetcher) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	var conn *link.Conn // over which the machine speaks
+	for {
+		var next item
+		select {
+		case <-ctx.Done():
+			if observations != nil {
+				p.step(m, rotation.Stop{}, conn, fetches)
+			}
+			return
+		case next = <-in.events:
+		case o := <-observations:
+			e, ok := p.observed(o)
+			if !ok {
+				continue
+			}
+			next.event = e
+			p.step(m, e, conn, fetches)
+			o.Peer.PSK.Wipe()
+			p.rearm(timer, m)
+			continue
+		case <-in.wake:
+			next.event = rotation.Tick{}
+		case <-timer.C:
+			next.event = rotation.Tick{}
+		}
+		switch next.event.(type) {
+		case rotation.LinkUp:
+			conn = next.conn
+		case rotation.LinkDown:
+			if conn != next.conn {
+				continue // replaced already
+			}
+			conn = nil
+		case rotation.Received, rotation.OtherVersion:
+			if conn != next.conn {
+				continue
+			}
+		}
+		p.step(m, next.event, conn, fetches)
+		p.rearm(timer, m)
+	}
+}
+
+// rearm sets the timer to the machine's deadline.
+func (p *peer) rearm(timer *time.Timer, m machine) {
+	p.mu.Lock()
+	at, ok := m.Deadline()
+	p.mu.Unlock()
+	if !ok {
+		timer.Stop()
+		return
+	}
+	timer.Reset(max(time.Until(at), 0))
+}
+
+// step lets a machine take an event and carries out what it wants, and what
+// follows from that.
+func (p *peer) step(m machine, first rotation.Event, conn *link.Conn, fetches *fetcher) {
+	for events := []rotation.Event{first}; len(events) > 0; events = events[1:] {
+		p.mu.Lock()
+		effects := m.Step(time.Now(), events[0])
+		// Messages go out under the lock, so that what the two machines say
+		// of the session is said in order.
+		for _, f := range effects {
+			if s, ok := f.(rotation.Send); ok {
+				p.send(conn, s.Message)
+			}
+		}
+		p.mu.Unlock()
+		for _, f := range effects {
+			if e := p.carry(f, conn, fetches); e != nil {
+				events = append(events, e)
+			}
+		}
+	}
+}
+
+// carry carries out one effect and returns what came of it.
+func (p *peer) carry(f rotation.Effect, conn *link.Conn, fetches *fetcher) rotation.Event {
+	switch f := f.(type) {
+	case rotation.CloseLink:
+		if conn != nil {
+			_ = conn.Close()
+		}
+	case rotation.Fetch:
+		fetches.start(f)
+	case rotation.Save:
+		err := p.rotator.Store.Save(p.key, &f.Journal)
+		f.Journal.Wipe()
+		p.connMu.Lock()
+		p.journalError = text(err)
+		p.connMu.Unlock()
+		return rotation.Saved{Token: f.Token, Err: err}
+	case rotation.SetPSK:
+		err := p.rotator.Device.SetPSK(p.key, f.Key)
+		f.Key.Wipe()
+		p.rotator.poller.PollSoon() // read back
+		return rotation.Set{Token: f.Token, Err: err}
+	case rotation.Probe:
+		if err := p.rotator.Device.Probe(p.key); err != nil {
+			p.log.Warn("tunnel cannot be probed", "err", err)
+		}
+	case rotation.Poll:
+		p.rotator.poller.PollSoon()
+	case rotation.Wake:
+		if fetches != nil {
+			p.sched.tick()
+		} else {
+			p.gen.tick()
+		}
+	case rotation.Note:
+		p.note(f)
+	}
+	return nil
+}
+
+// send queues a message. A connection whose queue is full closes itself.
+func (p *peer) send(conn *link.Conn, m wire.Message) {
+	if conn == nil {
+		return
+	}
+	b, err := wire.Encode(m)
+	if err != nil {
+		p.log.Error("message cannot be encoded", "err", err)
+		return
+	}
+	_ = conn.Send(b) // whoever receives from the connection learns why it ended
+}
+
+// observed turns an observation into the scheduler's event; false if there is
+// nothing to tell.
+func (p *peer) observed(o wg.Observation) (rotation.Event, bool) {
+	why := text(o.Err)
+	if o.Err != nil {
+		p.rotator.lost.Store(&why)
+	} else {
+		p.rotator.lost.Store(nil)
+	}
+	p.connMu.Lock()
+	p.deviceError = why
+	if o.Jumped {
+		p.jumpedAt = time.Now()
+	}
+	p.connMu.Unlock()
+	if o.Err != nil && !errors.Is(o.Err, wg.ErrNoDevice) {
+		return nil, false // a dump that failed says nothing of the peer
+	}
+	return rotation.Observed{
+		Began: o.Began, Wall: o.Wall.Add(o.Began.Sub(o.Ended)), Present: o.Err == nil && o.Present, PSK: o.Peer.PSK,
+		Handshake: o.Peer.Handshake, Rx: o.Peer.Rx, Tx: o.Peer.Tx, Jumped: o.Jumped,
+	}, true
+}
+
+func text(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+// fetcher asks the KMS, in goroutines that it waits for. The generator has
+// only a few requests under way.
+type fetcher struct {
+	peer *peer
+	ctx  context.Context
+	wait sync.WaitGroup
+}
+
+func (f *fetcher) start(e rotation.Fetch) {
+	f.wait.Go(func() {
+		p := f.peer
+		out := rotation.Fetched{ID: e.ID, KeyID: e.KeyID}
+		if e.KeyID == "" {
+			out.KeyID, out.Key, out.Err = p.source.Key(f.ctx)
+		} else {
+			out.Key, out.Err = p.source.KeyByID(f.ctx, e.KeyID)
+		}
+		if out.Key == nil && out.Err == nil {
+			out.Err = kms.ErrNoKeys
+		}
+		p.connMu.Lock()
+		p.kmsError = text(out.Err)
+		if out.Err == nil {
+			p.kmsLast = time.Now()
+		}
+		p.connMu.Unlock()
+		if out.Err != nil {
+			out.Key = new(psk.Key)
+		}
+		select {
+		case p.gen.events <- item{event: out}:
+		case <-f.ctx.Done():
+			out.Key.Wipe()
+		}
+	})
+}
+
+// dial keeps the link up: at most one attempt every two seconds, for ever.
+func (p *peer) dial(ctx context.Context) {
+	for ctx.Err() == nil {
+		attempt, cancel := context.WithTimeout(ctx, dialTimeout)
+		c, err := p.rotator.Dial(attempt, p.config.Address, p.rotator.Identity, p.pins)
+		cancel()
+		if err != nil {
+			p.linkFailed(err)
+		} else {
+			p.serve(ctx, c)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(redialAfter/2 + rand.N(redialAfter/2)):
+		}
+	}
+}
+
+func (p *peer) linkFailed(err error) {
+	p.connMu.Lock()
+	defer p.connMu.Unlock()
+	was := p.linkError
+	p.linkError = err.Error()
+	p.refused = errors.Is(err, link.ErrRefused) || errors.Is(err, link.ErrUnknownPeer) || errors.Is(err, link.ErrProof)
+	if was != p.linkError {
+		p.log.Warn("link cannot be made", "err", err)
+	}
+}
+
+// accepted takes a connection that the peer dialled. It replaces an older one.
+func (p *peer) accepted(ctx context.Context, c *link.Conn) {
+	if p.role == rotation.Client {
+		go p.conflict(ctx, c) // ends with c, at the latest after its silence limit
+		return
+	}
+	go p.serve(ctx, c)
+}
+
+// conflict answers a peer that takes itself for the client as well.
+func (p *peer) conflict(ctx context.Context, c *link.Conn) {
+	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
+	defer c.Close()
+	c.SetSilence(dialTimeout)
+	b, err := c.Receive()
+	if err != nil {
+		return
+	}
+	m, err := wire.Decode(b)
+	init, ok := m.(*wire.Init)
+	if err != nil || !ok {
+		return
+	}
+	both := []wire.Difference{{Field: "role", Client: "client", Server: "client"}}
+	b, err = wire.Encode(&wire.Ack{Attempt: init.Attempt, Boot: p.rotator.boot, Parameters: p.parameters, Differences: both})
+	if err != nil {
+		return
+	}
+	_ = c.Send(b)
+	p.gen.deliver(ctx, rotation.RoleConflict{}, nil)
+	_, _ = c.Receive() // until the peer has read it and closes, or the silence limit
+}
+
+// serve reads from a connection until it ends.
+func (p *peer) serve(ctx context.Context, c *link.Conn) {
+	p.connMu.Lock()
+	old := p.conn
+	p.conn, p.linkAt, p.linkError, p.refused = c, time.Now(), "", false
+	p.connMu.Unlock()
+	if old != nil {
+		_ = old.Close()
+	}
+	p.log.Info("link is up", "remote", c.RemoteAddr().String())
+	for _, in := range []*inbox{p.gen, p.sched} {
+		in.deliver(ctx, rotation.LinkUp{}, c)
+	}
+	err := p.receive(ctx, c)
+	for _, in := range []*inbox{p.gen, p.sched} {
+		in.deliver(ctx, rotation.LinkDown{}, c)
+	}
+	if ctx.Err() != nil {
+		return // run closes it, after the goodbye
+	}
+	_ = c.Close()
+	p.connMu.Lock()
+	if p.conn == c {
+		p.conn, p.linkAt, p.linkError = nil, time.Now(), text(err)
+		p.log.Warn("link is down", "err", err)
+	}
+	p.connMu.Unlock()
+}
+
+// receive hands messages to the machines until the connection or ctx ends.
+func (p *peer) receive(ctx context.Context, c *link.Conn) error {
+	// The goodbye is still to be sent when ctx ends; run closes the connection.
+	for ctx.Err() == nil {
+		b, err := c.Receive()
+		if err != nil {
+			return err
+		}
+		m, err := wire.Decode(b)
+		if v, ok := errors.AsType[*wire.VersionError](err); ok {
+			p.gen.deliver(ctx, rotation.OtherVersion{Version: v.Got}, c)
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		e := rotation.Received{Message: m}
+		switch m.(type) {
+		case *wire.Commit, *wire.Committed, *wire.Refused, *wire.Bye:
+			p.sched.deliver(ctx, e, c)
+		case *wire.Report:
+			p.gen.deliver(ctx, e, c)
+			p.sched.deliver(ctx, e, c)
+		default:
+			p.gen.deliver(ctx, e, c)
+		}
+	}
+	return ctx.Err()
+}
+
+// levels are those of the notes that are not for information.
+var levels = map[rotation.NoteKind]slog.Level{
+	rotation.NoteEstablished: slog.LevelDebug,
+	rotation.NoteDropped:     slog.LevelDebug,
+	rotation.NoteAbandoned:   slog.LevelWarn,
+	rotation.NoteReduced:     slog.LevelWarn,
+	rotation.NoteRepairing:   slog.LevelWarn,
+	rotation.NoteHunting:     slog.LevelWarn,
+	rotation.NoteForeign:     slog.LevelWarn,
+	rotation.NoteFailed:      slog.LevelWarn,
+	rotation.NoteSilent:      slog.LevelWarn,
+	rotation.NoteRefused:     slog.LevelError,
+	rotation.NoteMissing:     slog.LevelError,
+	rotation.NoteStale:       slog.LevelError,
+	rotation.NoteBlocked:     slog.LevelError,
+}
+
+// note logs what a machine says.
+func (p *peer) note(n rotation.Note) {
+	if n.Kind == rotation.NoteForeign {
+		p.connMu.Lock()
+		p.foreignAt = time.Now()
+		p.connMu.Unlock()
+	}
+	if w := p.rotator.Watch; w != nil {
+		w(p.config.Name, n)
+	}
+	args := []any{"phase", n.Kind.String()}
+	if n.Key.Serial != 0 {
+		args = append(args, "serial", n.Key.Serial)
+	}
+	if !n.Key.Fingerprint.IsZero() {
+		args = append(args, "key", n.Key.Fingerprint.String())
+	}
+	p.log.Log(context.Background(), levels[n.Kind], n.Text, args...)
+}
