@@ -132,18 +132,16 @@ func (w *World) linkWorks() bool {
 	return !w.Link.Cut && (!w.Inside || w.tunnelWorks())
 }
 
-// dial tries every two seconds, for ever, as the client's link does.
+// dial tries every two seconds, for ever, as the client's link does; in Manual
+// only until the first connection.
 func (w *World) dial() {
-	if !w.Link.up[Client] && w.Ends[Client].up {
+	if !w.Link.up[Client] && w.Ends[Client].up && (!w.Manual || w.Link.number == 0) {
 		if w.Inside && !w.Link.Cut {
 			w.data(w.Ends[Client], false)
 		}
 		if w.Ends[Server].up && w.linkWorks() {
 			w.connect()
 		}
-	}
-	if w.Manual {
-		return
 	}
 	w.after(time.Second+time.Duration(w.rng.IntN(1000))*time.Millisecond, w.dial)
 }
