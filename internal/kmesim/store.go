@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"fmt"
 	"io"
+	"net/http"
 	"slices"
 	"sync"
 )
@@ -63,9 +64,9 @@ func (s *store) take(master, slave string, ids []string) ([][]byte, *problem) {
 	for _, id := range ids {
 		switch k := s.keys[id]; {
 		case k == nil:
-			return nil, errNotFound
+			return nil, bad(textNotFound)
 		case k.master != master || !slices.Contains(k.slaves, slave):
-			return nil, errNotNamed
+			return nil, &problem{status: http.StatusUnauthorized, Message: textNotNamed}
 		}
 	}
 	keys := make([][]byte, len(ids))

@@ -149,7 +149,7 @@ func statusStatus(status int) error {
 // that has not arrived.
 func saysNotFound(err error) bool {
 	se, ok := errors.AsType[*statusError](err)
-	return ok && (se.means == kms.ErrUnknownKey || se.status == http.StatusUnauthorized)
+	return ok && (errors.Is(se, kms.ErrUnknownKey) || se.status == http.StatusUnauthorized)
 }
 
 // The bodies of requests (ETSI GS QKD 014 V1.1.1, 6.2 and 6.4). Nothing
