@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
-	"os"
 	"strings"
 	"sync"
 	"time"
@@ -14,8 +12,7 @@ import (
 
 	"keyturn/internal/config"
 	"keyturn/internal/control"
-	"keyturn/internal/kms"
-	"keyturn/internal/kms/etsi014"
+	"keyturn/internal/daemon"
 	"keyturn/internal/link"
 	"keyturn/internal/wg"
 )
@@ -103,6 +100,10 @@ func (d *dirs) check(ctx context.Context, c *config.Config, r *results) {
 		running = nil
 	}
 	identity, identityErr := link.ReadIdentityFile(c.Identity)
+	sources, sourcesErr := daemon.OpenSources(c)
+	if sourcesErr == nil {
+		defer sources.Close()
+	}
 
 	slots := make(chan struct{}, checkAtOne)
 	var wg sync.WaitGroup
@@ -122,9 +123,12 @@ func (d *dirs) check(ctx context.Context, c *config.Config, r *results) {
 			r.set(line, "ok", detail)
 		})
 	}
+	if sourcesErr != nil {
+		r.fail(r.next("kms"), sourcesErr)
+	}
 	for _, p := range c.Peers {
-		if p.KMS != nil {
-			start("kms for "+p.Name, func(ctx context.Context) (string, error) { return checkKMS(ctx, p) })
+		if p.KMS != nil && sourcesErr == nil {
+			start("kms for "+p.Name, func(ctx context.Context) (string, error) { return checkKMS(ctx, sources, p) })
 		}
 	}
 	for _, p := range c.Peers {
@@ -150,26 +154,10 @@ func (d *dirs) check(ctx context.Context, c *config.Config, r *results) {
 // problem.
 func checkInterface(c *config.Config, r *results) {
 	what := "interface " + c.Interface
-	err := func() error {
-		device, err := wg.Open(c.Interface)
-		if errors.Is(err, wg.ErrNoDevice) {
-			err = os.ErrNotExist // what config knows it by
-		}
-		if err != nil {
-			return c.NoDevice(err)
-		}
+	device, err := daemon.OpenDevice(c)
+	if err == nil {
 		defer device.Close()
-		dump, err := device.Dump()
-		if err != nil {
-			return c.NoDevice(err)
-		}
-		defer dump.Wipe()
-		peers := make(map[[32]byte][]netip.Prefix, len(dump.Peers))
-		for k, p := range dump.Peers {
-			peers[k] = p.AllowedIPs
-		}
-		return c.CheckDevice(c.Interface, dump.PublicKey, peers)
-	}()
+	}
 	problems, ok := errors.AsType[config.Problems](err)
 	switch {
 	case err == nil:
@@ -186,8 +174,8 @@ func checkInterface(c *config.Config, r *results) {
 	}
 }
 
-func checkKMS(ctx context.Context, p *config.Peer) (string, error) {
-	source, err := newSource(p.KMS, p.SAE)
+func checkKMS(ctx context.Context, sources *daemon.Sources, p *config.Peer) (string, error) {
+	source, err := sources.For(p)
 	if err != nil {
 		return "", err
 	}
@@ -201,33 +189,6 @@ func checkKMS(ctx context.Context, p *config.Peer) (string, error) {
 		detail += fmt.Sprintf(", %d keys stored", status.StoredKeys)
 	}
 	return detail, nil
-}
-
-// ownSource is a source with connections of its own.
-type ownSource struct {
-	kms.Source
-	connections interface{ Close() error }
-}
-
-func (s ownSource) Close() error { return errors.Join(s.Source.Close(), s.connections.Close()) }
-
-func newSource(k *config.KMS, peerSAE string) (kms.Source, error) {
-	if k.Interface != config.ETSI014 {
-		return nil, fmt.Errorf("cannot ask a kms of interface %s", k.Interface)
-	}
-	m, err := etsi014.New(etsi014.Config{
-		URIs: k.URIs, SAE: k.SAE,
-		Certificate: k.Certificate, SecretKey: k.SecretKey, RootCertificate: k.RootCertificate,
-		ServerName: k.ServerName, Method: string(k.Method), Timeout: k.Timeout,
-	})
-	if err != nil {
-		return nil, err
-	}
-	source, err := m.For(peerSAE)
-	if err != nil {
-		return nil, errors.Join(err, m.Close())
-	}
-	return ownSource{source, m}, nil
 }
 
 func checkPeer(ctx context.Context, self *link.Identity, p *config.Peer) (string, error) {
