@@ -24,21 +24,23 @@ import (
 type layer string
 
 const (
-	core     layer = "core"     // pure: no I/O, no clock, no goroutine, no lock
-	world    layer = "world"    // simulated worlds for tests: imported by tests alone
-	adapter  layer = "adapter"  // one thing of the outside each, ignorant of each other
-	composer layer = "composer" // puts core and adapters together
-	commands layer = "commands"
-	program  layer = "program"
+	core          layer = "core"          // pure: no I/O, no clock, no goroutine, no lock
+	world         layer = "world"         // simulated worlds for tests: imported by tests alone
+	adapter       layer = "adapter"       // one thing of the outside each, ignorant of each other
+	composer      layer = "composer"      // puts core and adapters together
+	demonstration layer = "demonstration" // a composition of everything
+	commands      layer = "commands"
+	program       layer = "program"
 )
 
 var allowed = map[layer][]layer{
-	core:     {core},
-	world:    {core},
-	adapter:  {core},
-	composer: {core, adapter},
-	commands: {core, adapter, composer},
-	program:  {commands},
+	core:          {core},
+	world:         {core},
+	adapter:       {core},
+	composer:      {core, adapter},
+	demonstration: {core, adapter, composer},
+	commands:      {core, adapter, composer, demonstration},
+	program:       {commands},
 }
 
 // packages places every package of keyturn.
@@ -59,6 +61,7 @@ var packages = map[string]layer{
 	"internal/detach":                adapter,
 	"internal/logfile":               adapter,
 	"internal/daemon":                composer,
+	"internal/demo":                  demonstration,
 	"internal/cli":                   commands,
 	"cmd/keyturn":                    program,
 }

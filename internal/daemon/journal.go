@@ -13,7 +13,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/crypto/chacha20poly1305"
@@ -325,4 +327,38 @@ func (f *files) decode(b []byte, p wg.PublicKey) (rotation.Journal, error) {
 		j.Entries = append(j.Entries, e)
 	}
 	return j, nil
+}
+
+// Memory is a Store that ends with the process, for demonstrations and tests.
+type Memory struct {
+	mu       sync.Mutex
+	journals map[wg.PublicKey]rotation.Journal
+}
+
+// Load implements Store.
+func (m *Memory) Load(p wg.PublicKey) (rotation.Journal, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return clone(m.journals[p]), nil
+}
+
+// Save implements Store.
+func (m *Memory) Save(p wg.PublicKey, j *rotation.Journal) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.journals == nil {
+		m.journals = map[wg.PublicKey]rotation.Journal{}
+	}
+	old := m.journals[p]
+	old.Wipe()
+	m.journals[p] = clone(*j)
+	return nil
+}
+
+func clone(j rotation.Journal) rotation.Journal {
+	j.Entries = slices.Clone(j.Entries)
+	for i := range j.Entries {
+		j.Entries[i].Key = j.Entries[i].Key.Clone()
+	}
+	return j
 }

@@ -410,7 +410,7 @@ func (p *peer) serve(ctx context.Context, c *link.Conn) {
 	}
 	p.log.Info("link is up", "remote", c.RemoteAddr().String())
 	for _, in := range []*inbox{p.gen, p.sched} {
-		in.deliver(ctx, rotation.LinkUp{}, c)
+		in.deliver(ctx, rotation.LinkUp{Peer: c.Peer()}, c)
 	}
 	err := p.receive(ctx, c)
 	for _, in := range []*inbox{p.gen, p.sched} {

@@ -26,8 +26,9 @@ type bootstrap struct {
 }
 
 // linkUp starts afresh on a new link. The buffer waits for the bootstrap.
-func (g *KeyGenerator) linkUp() {
+func (g *KeyGenerator) linkUp(peer [32]byte) {
 	g.linkDown()
+	g.tunnel.peer = peer
 	g.tunnel.linked = true
 	g.failures, g.notBefore = 0, time.Time{}
 	if g.tunnel.config.Role == Client {

@@ -18,7 +18,9 @@ type (
 	Tick struct{}
 	// LinkUp says that an authenticated link to the peer stands. A new link
 	// replaces the old one.
-	LinkUp struct{}
+	LinkUp struct {
+		Peer [32]byte // link identity that the peer has proved: one of its pins
+	}
 	// LinkDown says that the link has gone.
 	LinkDown struct{}
 	// Received is a message from the peer over the link.

@@ -73,7 +73,7 @@ func (g *KeyGenerator) Step(now time.Time, e Event) []Effect {
 	g.tunnel.changed = false
 	switch e := e.(type) {
 	case LinkUp:
-		g.linkUp()
+		g.linkUp(e.Peer)
 	case LinkDown:
 		g.linkDown()
 	case OtherVersion:
@@ -552,7 +552,7 @@ func (g *KeyGenerator) context(r *round, f *wire.Finish) psk.DigestContext {
 		Transcript: wire.Transcript(r.propose, r.reply, f),
 	}
 	context.ClientSAE, context.ServerSAE = roles(c.Role, c.Parameters.SAE, c.Parameters.PeerSAE)
-	context.ClientIdentity, context.ServerIdentity = roles(c.Role, c.Identity, c.PeerIdentity)
+	context.ClientIdentity, context.ServerIdentity = roles(c.Role, c.Identity, g.tunnel.peer)
 	return context
 }
 

@@ -93,18 +93,17 @@ const (
 
 // Config is what the machines of one peer are told at their start.
 type Config struct {
-	Role         Role
-	Parameters   wire.Parameters // of this end; Initial is filled in by the scheduler
-	KEMs         []kem.Scheme    // those of Parameters.KEMs, in order
-	Identity     [32]byte        // link identity of this end
-	PeerIdentity [32]byte        // link identity of the peer
-	Boot         wire.BootID
-	Heartbeat    time.Duration // interval of reports; 2 s, up to 15 s on a hub of thousands
-	MaxKeyAge    time.Duration
-	BlockStale   bool      // on_stale: block
-	BlockStart   bool      // start: block
-	Fallback     bool      // fallback: initial
-	Random       io.Reader // session ids, KEM seeds, jitter; never fails
+	Role       Role
+	Parameters wire.Parameters // of this end; Initial is filled in by the scheduler
+	KEMs       []kem.Scheme    // those of Parameters.KEMs, in order
+	Identity   [32]byte        // link identity of this end
+	Boot       wire.BootID
+	Heartbeat  time.Duration // interval of reports; 2 s, up to 15 s on a hub of thousands
+	MaxKeyAge  time.Duration
+	BlockStale bool      // on_stale: block
+	BlockStart bool      // start: block
+	Fallback   bool      // fallback: initial
+	Random     io.Reader // session ids, KEM seeds, jitter; never fails
 }
 
 // Tunnel is what the two machines of a peer share: the key buffer, the
@@ -119,7 +118,8 @@ type Tunnel struct {
 	differences []wire.Difference
 	peerHeld    []wire.Named // what the peer named in the bootstrap
 	peerBoot    wire.BootID
-	high        uint64 // highest serial that either end knows
+	peer        [32]byte // link identity of the peer on this link
+	high        uint64   // highest serial that either end knows
 
 	records []*record // what the scheduler holds, by rising serial
 	pulled  *record   // the client's next key, taken from the buffer

@@ -37,6 +37,8 @@ type story struct {
 	names   map[string]string // of fingerprints and ids, in the order in which they appear
 	counts  map[string]int
 	reports map[string]string // the last one of each end
+	failing map[string]bool   // whether handshakes by an end have been told to fail
+	playing bool              // in run
 }
 
 const (
@@ -70,7 +72,7 @@ func (s *story) play(t *testing.T, d *datadriven.TestData) string {
 // begin makes the world. Without words the tunnel is under traffic, with QKD
 // and one KEM, and the link beside it.
 func (s *story) begin(t *testing.T, d *datadriven.TestData) {
-	*s = story{names: map[string]string{}, counts: map[string]int{}, reports: map[string]string{}}
+	*s = story{names: map[string]string{}, counts: map[string]int{}, reports: map[string]string{}, failing: map[string]bool{}}
 	o := rotationtest.Options{Seed: 1, Manual: true, Trace: &s.lines}
 	var changes []func(end int, c *rotation.Config)
 	for _, arg := range d.CmdArgs {
@@ -151,7 +153,7 @@ var disagreements = map[string]func(*rotation.Config){
 	"buffer":            func(c *rotation.Config) { c.Parameters.Buffer = 5 },
 	"window":            func(c *rotation.Config) { c.Parameters.Window = 20 * time.Second },
 	"fallback":          func(c *rotation.Config) { c.Fallback = true },
-	"identity":          func(c *rotation.Config) { c.PeerIdentity[0] = 9 },
+	"identity":          func(c *rotation.Config) { c.Identity[1] = 9 }, // other than the link proved
 }
 
 // args is a command with its story.
@@ -237,6 +239,30 @@ func (a args) heartbeats(to int) {
 	}
 }
 
+func (a args) until(want string) {
+	const patience = 2000 // settles: 10 s
+	for range patience {
+		quiet := true
+		for _, to := range []int{rotationtest.Server, rotationtest.Client} {
+			if waiting := a.world.Waiting(to); len(waiting) > 0 {
+				if name(waiting[0]) == want {
+					return
+				}
+				a.world.Deliver(to)
+				quiet = false
+			}
+		}
+		if a.world.Answer() {
+			quiet = false
+		}
+		if quiet && want == "" {
+			return
+		}
+		a.world.Run(settle)
+	}
+	a.say("(no %s in ten seconds)", want)
+}
+
 // answer lets the KMS answer the oldest request, or several, in some state.
 func (a args) answer(state func(k *rotationtest.KMS)) {
 	k := &a.world.KMS
@@ -273,6 +299,15 @@ var commands = map[string]func(args){
 			a.world.Run(settle)
 		}
 	},
+	// until delivers and answers everything until a message of a name is the
+	// oldest that waits for an end, or, without a name, until nothing waits.
+	"until": func(a args) { a.until(a.word(0)) },
+
+	// together hands an end its two oldest messages at one moment.
+	"together": func(a args) {
+		a.world.Deliver(a.index())
+		a.world.Deliver(a.index())
+	},
 	"lose": func(a args) {
 		if m := a.upTo(a.index(), a.word(1)); m != nil {
 			a.world.Lose(a.index())
@@ -298,8 +333,8 @@ var commands = map[string]func(args){
 	"kms-reuse": func(a args) { a.answer(func(k *rotationtest.KMS) { k.Reuse = true }) },
 
 	// advance lets time pass in which heartbeats alone are delivered, silence
-	// some in which nothing is; run plays on with everything delivered and tells
-	// the seconds since the beginning.
+	// some in which nothing is; run plays on with everything delivered, tells the
+	// seconds since the beginning, and leaves the rounds out.
 	"advance": func(a args) {
 		for d := duration(a.t, a.d, a.word(0)); d > 0; d -= beat {
 			a.world.Run(min(d, beat))
@@ -308,7 +343,10 @@ var commands = map[string]func(args){
 		}
 	},
 	"silence": func(a args) { a.world.Run(duration(a.t, a.d, a.word(0))) },
-	"run":     func(a args) { a.world.Play(duration(a.t, a.d, a.word(0))) },
+	"run": func(a args) {
+		a.playing = true
+		a.world.Play(duration(a.t, a.d, a.word(0)))
+	},
 
 	"handshake": func(a args) { a.world.Handshake(a.index()); a.world.Run(50 * time.Millisecond) },
 	"crash":     func(a args) { a.end().Crash() },
@@ -325,6 +363,7 @@ var commands = map[string]func(args){
 	"journal":   func(a args) { a.end().JournalBad = a.fails(1) },
 	"link":      func(a args) { a.world.Link.Cut = a.fails(0) },
 	"network":   func(a args) { a.world.Link.Cut = a.fails(0); a.world.Tunnel.Cut = a.fails(0) },
+	"tunnel":    func(a args) { a.world.Tunnel.Cut = a.fails(0) },
 	"all-kms":   func(a args) { a.world.KMS.Down = [2]bool{a.fails(0), a.fails(0)} },
 	"view":      func(a args) { a.view() },
 }
@@ -336,6 +375,8 @@ func (a args) tamper(m wire.Message, what string) {
 	}
 	before := fmt.Sprint(m)
 	switch m := m.(type) {
+	case *wire.Init:
+		m.Attempt++
 	case *wire.Propose:
 		switch what {
 		case "serial":
@@ -354,6 +395,9 @@ func (a args) tamper(m wire.Message, what string) {
 			m.Ciphertexts[0] = m.Ciphertexts[0][1:]
 		case "sources":
 			m.Sources &^= 1
+		case "without-kem":
+			m.Sources &^= 2
+			m.EncapsulationKeys, m.Ciphertexts = nil, nil
 		}
 	case *wire.Finish:
 		switch what {
@@ -372,6 +416,8 @@ func (a args) tamper(m wire.Message, what string) {
 			m.Key.Fingerprint[0] ^= 1
 		case "serial":
 			m.Key.Serial = 1
+		case "previous":
+			m.Key = a.world.Ends[rotationtest.Server].View().Confirmed
 		case "installed":
 			m.Installed.Fingerprint[0] ^= 1
 		}
@@ -407,12 +453,15 @@ func (a args) view() {
 
 var (
 	hex    = regexp.MustCompile(`(session |boot )?\b[0-9a-f]{8}\b`)
+	fails  = regexp.MustCompile(`handshake by (client|server) (fails|under)`)
+	rounds = regexp.MustCompile(`-> kms: |-> \w+: (propose|reply|finish|done) |: established `)
 	report = regexp.MustCompile(`^(client|server) -> \w+: (report .*)$`)
 )
 
 // told returns the lines since the last command. Fingerprints and ids get
 // names by their first appearance, so that a story does not depend on random
-// bytes, and heartbeats that say nothing new are left out.
+// bytes. Left out are heartbeats that say nothing new, and handshakes that go on
+// failing.
 func (s *story) told() string {
 	var out strings.Builder
 	for line := range strings.Lines(s.lines.String()) {
@@ -423,9 +472,19 @@ func (s *story) told() string {
 			}
 			s.reports[m[1]] = m[2]
 		}
+		if s.playing && rounds.MatchString(line) {
+			continue
+		}
+		if m := fails.FindStringSubmatch(line); m != nil {
+			if m[2] == "fails" && s.failing[m[1]] {
+				continue
+			}
+			s.failing[m[1]] = m[2] == "fails"
+		}
 		out.WriteString(line + "\n")
 	}
 	s.lines.Reset()
+	s.playing = false
 	if out.Len() == 0 {
 		return "(nothing)\n"
 	}

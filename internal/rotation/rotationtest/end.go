@@ -24,6 +24,7 @@ type End struct {
 	genTimer  time.Time
 	schdTimer time.Time
 	polls     int
+	busy      busy
 
 	journal  *rotation.Journal // on "disk"
 	recorded *rotation.Entry   // the PSK found at the first start, in the state directory
@@ -65,7 +66,7 @@ func (e *End) Start() {
 		Heartbeat: 2 * time.Second, MaxKeyAge: w.MaxKeyAge, Fallback: w.Fallback,
 		BlockStale: w.BlockStale, BlockStart: w.BlockStart, Random: w.random,
 	}
-	e.config.Identity[0], e.config.PeerIdentity[0] = byte(e.index), byte(1-e.index)
+	e.config.Identity = identity(e.index)
 	_, _ = w.random.Read(e.config.Boot[:])
 	if w.Config != nil {
 		w.Config(e.index, &e.config)
@@ -168,6 +169,7 @@ func (e *End) generator(ev rotation.Event) {
 	if !e.up {
 		return
 	}
+	e.stepped()
 	e.carry(e.gen.Step(e.world.Now, ev), true)
 }
 
@@ -175,7 +177,29 @@ func (e *End) scheduler(ev rotation.Event) {
 	if !e.up {
 		return
 	}
+	e.stepped()
 	e.carry(e.sched.Step(e.world.Now, ev), false)
+}
+
+// busy counts the steps of an end within one second of virtual time.
+type busy struct {
+	since time.Time
+	steps int
+}
+
+// maxSteps is how many steps an end may take in a second: some are ordinary
+// after a restart, and a loop takes ever more.
+const maxSteps = 1000
+
+// stepped is the invariant that no machine loops.
+func (e *End) stepped() {
+	w := e.world
+	if w.Now.Sub(e.busy.since) >= time.Second {
+		e.busy = busy{since: w.Now}
+	}
+	if e.busy.steps++; e.busy.steps > maxSteps {
+		w.fail("%s: more than %d steps in a second", names[e.index], maxSteps)
+	}
 }
 
 // carry carries effects out and keeps the timers.

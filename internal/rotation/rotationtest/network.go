@@ -108,7 +108,16 @@ func (w *World) Repeat(to int) bool {
 	if len(l.waiting[to]) == 0 {
 		return false
 	}
-	l.waiting[to] = append([]sent{l.waiting[to][0]}, l.waiting[to]...)
+	first := l.waiting[to][0]
+	b, err := wire.Encode(first.message)
+	if err != nil {
+		return false
+	}
+	again, err := wire.Decode(b)
+	if err != nil {
+		return false
+	}
+	l.waiting[to] = append([]sent{first, {again, first.number}}, l.waiting[to][1:]...)
 	return true
 }
 
@@ -159,8 +168,8 @@ func (w *World) connect() {
 	}
 	l.up = [2]bool{true, true}
 	l.waiting = [2][]sent{}
-	w.Ends[Server].both(rotation.LinkUp{})
-	w.Ends[Client].both(rotation.LinkUp{})
+	w.Ends[Server].both(rotation.LinkUp{Peer: identity(Client)})
+	w.Ends[Client].both(rotation.LinkUp{Peer: identity(Server)})
 }
 
 func (e *End) both(ev rotation.Event) {
@@ -422,3 +431,6 @@ func (w *World) Describe() string {
 	return fmt.Sprintf("at %v: client %v, server %v, link %v, works %v, confirmed %d, pings lost %d of %d",
 		w.elapsed(), a.device.psk.Fingerprint(), b.device.psk.Fingerprint(), w.Link.up, w.tunnelWorks(), w.Confirmed(), w.Tunnel.Lost, w.Tunnel.Sent)
 }
+
+// identity is what the link proves of an end.
+func identity(end int) [32]byte { return [32]byte{byte(end + 1)} }
