@@ -81,6 +81,9 @@ func (s *KeyRotationScheduler) next() *record {
 	}
 	for _, r := range t.records {
 		if r.serial > floor && !r.confirmed && s.shared(r) {
+			if r.failed {
+				return nil // it is tried again; a fresh key would fare no better
+			}
 			return r
 		}
 	}
@@ -95,7 +98,7 @@ func (s *KeyRotationScheduler) next() *record {
 
 // shared says whether both ends hold a record and may set it.
 func (s *KeyRotationScheduler) shared(r *record) bool {
-	return !r.failed && s.usable(r) && r.listed(s.tunnel.config.Fallback) &&
+	return s.usable(r) && r.listed(s.tunnel.config.Fallback) &&
 		(r.session == s.session || contains(s.peer.Held, r.name()))
 }
 
@@ -104,10 +107,17 @@ func (s *KeyRotationScheduler) shared(r *record) bool {
 // would be another; the PSK found at the first start comes last.
 func (s *KeyRotationScheduler) common() *record {
 	t := s.tunnel
+	failed := false
 	for _, r := range slices.Backward(t.records) {
 		if !r.found() && s.shared(r) {
-			return r
+			if !r.failed {
+				return r
+			}
+			failed = true
 		}
+	}
+	if failed {
+		return nil // it is tried again
 	}
 	if r := s.next(); r != nil {
 		return r
@@ -207,10 +217,10 @@ func (s *KeyRotationScheduler) set(e Set) {
 		s.failedTo("set the PSK: " + e.Err.Error())
 		switch op.kind {
 		case opObey:
-			op.record.failed = true
+			s.markFailed(op.record)
 			s.answer(op, wire.ReasonFailed)
 		case opCommit:
-			op.record.failed = true
+			s.markFailed(op.record)
 			s.nextNotBefore = s.now.Add(min(setRetry<<min(s.setFailures, 8), restoreMax))
 			s.setFailures++
 		case opStep:
@@ -227,6 +237,24 @@ func (s *KeyRotationScheduler) set(e Set) {
 	}
 	s.install(op.record)
 	s.finish(op)
+}
+
+// markFailed is R1: a key that WireGuard refused is not listed for a moment,
+// so that a repair goes to one that needs no set here, if there is one.
+func (s *KeyRotationScheduler) markFailed(r *record) {
+	r.failed, r.doubtful = true, true
+	s.forgive = s.now.Add(setRetry)
+	s.at(s.forgive)
+}
+
+func (s *KeyRotationScheduler) forgiveFailed() {
+	s.forgive = time.Time{}
+	for _, r := range s.tunnel.records {
+		if r.failed {
+			r.failed = false
+			s.reportNow = true
+		}
+	}
 }
 
 // finish ends an operation whose key is in WireGuard.
@@ -266,8 +294,9 @@ func (s *KeyRotationScheduler) install(r *record) {
 	if r.since.IsZero() {
 		r.since, r.wall = s.now, s.wall()
 	}
+	s.forgiveFailed()
 	for _, x := range t.records {
-		x.failed = false
+		x.doubtful = false
 	}
 	if !r.found() {
 		s.verifiedOnce = true
@@ -362,7 +391,7 @@ func (s *KeyRotationScheduler) commit(m *wire.Commit) {
 		return
 	}
 	r := t.record(m.Key)
-	if r == nil && !t.buffer.has(m.Key) || r != nil && (r.failed || r.found() && !t.config.Fallback) {
+	if r == nil && !t.buffer.has(m.Key) || r != nil && r.found() && !t.config.Fallback {
 		s.answer(asked, wire.ReasonUnknown)
 		return
 	}

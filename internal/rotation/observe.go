@@ -21,9 +21,7 @@ func (s *KeyRotationScheduler) observe(o Observed) {
 	}
 	if s.absent > 1 {
 		s.note(NotePresent, none, "WireGuard knows the peer again")
-		for _, r := range s.tunnel.records {
-			r.failed = false
-		}
+		s.forgiveFailed()
 	}
 	s.absent = 0
 	print := o.PSK.Fingerprint()
@@ -191,8 +189,8 @@ func (s *KeyRotationScheduler) readBack(key *psk.Key, print psk.Fingerprint, o O
 	}
 	// A set that was reported as failed may have taken all the same.
 	for _, r := range s.tunnel.records {
-		if r.failed && r.print == print {
-			r.failed = false
+		if r.doubtful && r.print == print {
+			r.failed, r.doubtful = false, false
 			s.installed, s.setAt = r, s.now
 			s.reportNow = true
 			return

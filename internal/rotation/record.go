@@ -21,7 +21,8 @@ type record struct {
 	agreed    bool      // both ends reported it installed at one time
 	seen      bool      // a later handshake was observed here
 	confirmed bool      // at both ends
-	failed    bool      // WireGuard refused it
+	failed    bool      // WireGuard refused it a moment ago: another key may do better
+	doubtful  bool      // WireGuard refused it, but it may have taken all the same
 
 	// session in which the client took it from its buffer: the server
 	// holds it as well, whatever an older report of it says.
@@ -106,7 +107,7 @@ func (t *Tunnel) candidates(usable func(*record) bool) []*record {
 			room--
 		}
 	}
-	return slices.DeleteFunc(all, func(r *record) bool { return r.failed || !usable(r) })
+	return slices.DeleteFunc(all, func(r *record) bool { return !usable(r) })
 }
 
 // insert adds a record in the order of serials.

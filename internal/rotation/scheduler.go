@@ -63,6 +63,7 @@ type KeyRotationScheduler struct {
 	notBefore     time.Time // client: no commit before
 	nextNotBefore time.Time // client: no commit of a further key before
 	setFailures   int       // of the client's own sets, in a row
+	forgive       time.Time // a key that WireGuard refused may be tried again
 	differsSince  time.Time
 	hunting       bool
 	stepAt        time.Time
@@ -186,6 +187,9 @@ func (s *KeyRotationScheduler) advance() {
 		s.save()
 	}
 	s.retry()
+	if s.due(s.forgive) {
+		s.forgiveFailed()
+	}
 	s.restore()
 	s.expire()
 	s.compare()
