@@ -153,7 +153,6 @@ var disagreements = map[string]func(*rotation.Config){
 	"buffer":            func(c *rotation.Config) { c.Parameters.Buffer = 5 },
 	"window":            func(c *rotation.Config) { c.Parameters.Window = 20 * time.Second },
 	"fallback":          func(c *rotation.Config) { c.Fallback = true },
-	"identity":          func(c *rotation.Config) { c.Identity[1] = 9 }, // other than the link proved
 }
 
 // args is a command with its story.
@@ -319,7 +318,9 @@ var commands = map[string]func(args){
 		a.world.Repeat(a.index())
 	},
 	"swap": func(a args) {
-		a.upTo(a.index(), a.word(1))
+		if want := a.word(1); want != "" {
+			a.upTo(a.index(), want)
+		}
 		if !a.world.Swap(a.index()) {
 			a.say("(nothing to swap with)")
 		}
@@ -453,6 +454,7 @@ func (a args) view() {
 
 var (
 	hex    = regexp.MustCompile(`(session |boot )?\b[0-9a-f]{8}\b`)
+	again  = regexp.MustCompile(`\w+: abandoned: .*|packet from \w+ lost`)
 	fails  = regexp.MustCompile(`handshake by (client|server) (fails|under)`)
 	rounds = regexp.MustCompile(`-> kms: |-> \w+: (propose|reply|finish|done) |: established `)
 	report = regexp.MustCompile(`^(client|server) -> \w+: (report .*)$`)
@@ -460,10 +462,11 @@ var (
 
 // told returns the lines since the last command. Fingerprints and ids get
 // names by their first appearance, so that a story does not depend on random
-// bytes. Left out are heartbeats that say nothing new, and handshakes that go on
-// failing.
+// bytes. Left out are heartbeats that say nothing new, handshakes that go on
+// failing, and in run whatever else goes wrong as it did before.
 func (s *story) told() string {
 	var out strings.Builder
+	seen := map[string]bool{}
 	for line := range strings.Lines(s.lines.String()) {
 		line = hex.ReplaceAllStringFunc(strings.TrimRight(line, "\n"), s.rename)
 		if m := report.FindStringSubmatch(line); m != nil {
@@ -474,6 +477,12 @@ func (s *story) told() string {
 		}
 		if s.playing && rounds.MatchString(line) {
 			continue
+		}
+		if text := again.FindString(line); s.playing && text != "" {
+			if seen[text] {
+				continue
+			}
+			seen[text] = true
 		}
 		if m := fails.FindStringSubmatch(line); m != nil {
 			if m[2] == "fails" && s.failing[m[1]] {
