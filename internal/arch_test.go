@@ -50,6 +50,7 @@ var packages = map[string]layer{
 	"internal/wire":                  core,
 	"internal/rotation":              core,
 	"internal/rotation/rotationtest": world,
+	"internal/memnet":                world,
 	"internal/kms":                   adapter,
 	"internal/kms/etsi014":           adapter,
 	"internal/kmesim":                adapter,

@@ -369,10 +369,10 @@ func (p *peer) linkFailed(err error) {
 // accepted takes a connection that the peer dialled. It replaces an older one.
 func (p *peer) accepted(ctx context.Context, c *link.Conn) {
 	if p.role == rotation.Client {
-		go p.conflict(ctx, c) // ends with c, at the latest after its silence limit
+		p.rotator.serving.Go(func() { p.conflict(ctx, c) })
 		return
 	}
-	go p.serve(ctx, c)
+	p.rotator.serving.Go(func() { p.serve(ctx, c) })
 }
 
 // conflict answers a peer that takes itself for the client as well.

@@ -70,6 +70,7 @@ type Rotator struct {
 	stop      context.CancelFunc     // of the rotator, for Down
 	lost      atomic.Pointer[string] // why the device cannot be read, nil if it can
 	stopping  atomic.Bool
+	serving   sync.WaitGroup // connections that peers dialled
 
 	rejectedMu sync.Mutex
 	rejectedAt time.Time
@@ -199,7 +200,9 @@ func (r *Rotator) Run(ctx context.Context) error {
 	g.Go(func() error { return r.accept(ctx, listener) })
 	<-ctx.Done()
 	r.stopping.Store(true)
-	return errors.Join(g.Wait(), listener.Close())
+	err := errors.Join(g.Wait(), listener.Close())
+	r.serving.Wait()
+	return err
 }
 
 // accept hands authenticated connections to their peers.

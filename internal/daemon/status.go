@@ -53,7 +53,8 @@ func (p *peer) status() control.PeerStatus {
 	s := control.PeerStatus{
 		Name: c.Name, PublicKey: p.key.String(), Role: p.role.String(), SAE: ownSAE(c), PeerSAE: c.SAE,
 		State: states[v.State], Protected: v.Protected, Rotations: v.Rotations, LastRotation: v.LastRotation,
-		Buffer: control.Buffer{Len: length, Cap: capacity}, Differences: []control.Difference{}, Warnings: []control.Warning{},
+		// A server holds the key that the client has pulled as well.
+		Buffer: control.Buffer{Len: min(length, capacity), Cap: capacity}, Differences: []control.Difference{}, Warnings: []control.Warning{},
 	}
 	switch {
 	case s.State == control.PeerWaiting && length == 0 && !v.Pulled:

@@ -96,12 +96,10 @@ func Run(ctx context.Context, o Options) (err error) {
 	var running errgroup.Group
 	running.Go(func() error { return s.lab.run(rotators) })
 	g.Go(func() error { return s.traffic(world) })
+	leave := func() {}
 	if o.Live && !o.JSON {
-		view, stopView := context.WithCancel(world)
-		var drawing errgroup.Group
-		drawing.Go(func() error { return s.draw(view) })
-		defer func() { stopView(); _ = drawing.Wait() }()
-		defer s.leave()
+		leave = s.enter(world)
+		defer leave()
 	}
 
 	s.handshakesUntil(ctx)
@@ -115,7 +113,7 @@ func Run(ctx context.Context, o Options) (err error) {
 	summary := s.summary(inStep)
 	stop()
 	err = errors.Join(err, compareErr, g.Wait(), s.lab.close())
-	s.leave()
+	leave()
 	if err != nil {
 		return err
 	}

@@ -5,7 +5,10 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"keyturn/internal/control"
 )
@@ -27,11 +30,22 @@ const (
 	frame = 200 * time.Millisecond
 )
 
+// enter draws the view on a screen of its own until ctx ends, or the returned
+// function is called, which gives the terminal back.
+func (s *show) enter(ctx context.Context) (leave func()) {
+	_, _ = io.WriteString(s.Out, alternate)
+	ctx, stop := context.WithCancel(ctx)
+	var g errgroup.Group
+	g.Go(func() error { return s.draw(ctx) })
+	return sync.OnceFunc(func() {
+		stop()
+		_ = g.Wait() // a terminal that cannot be written to shows nothing anyway
+		_, _ = io.WriteString(s.Out, restore)
+	})
+}
+
 // draw redraws the view until ctx ends.
 func (s *show) draw(ctx context.Context) error {
-	if _, err := io.WriteString(s.Out, alternate); err != nil {
-		return err
-	}
 	tick := time.NewTicker(frame)
 	defer tick.Stop()
 	for {
@@ -43,14 +57,6 @@ func (s *show) draw(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-	}
-}
-
-// leave gives the terminal back, once.
-func (s *show) leave() {
-	if s.Live && !s.JSON {
-		s.Live = false
-		_, _ = io.WriteString(s.Out, restore)
 	}
 }
 

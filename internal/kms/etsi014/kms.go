@@ -7,6 +7,7 @@
 package etsi014
 
 import (
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -62,6 +63,9 @@ type Config struct {
 	// host of the URI. It also serves certificates without a subject
 	// alternative name, whose common name it is compared with.
 	ServerName string
+
+	// Dial connects to a KMS; nil: over the network.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 
 	Method  string        // GET (default) or POST
 	Timeout time.Duration // of one request, to the last byte of its answer; DefaultTimeout if zero
@@ -119,9 +123,12 @@ func New(c Config) (*KMS, error) {
 	if err != nil {
 		return nil, err
 	}
+	if c.Dial == nil {
+		c.Dial = (&net.Dialer{Timeout: k.timeout}).DialContext
+	}
 	k.transport = &http.Transport{
 		// No Proxy: the KMS stands in the same trusted site.
-		DialContext:            (&net.Dialer{Timeout: k.timeout}).DialContext,
+		DialContext:            c.Dial,
 		TLSClientConfig:        conf,
 		TLSHandshakeTimeout:    k.timeout,
 		DisableCompression:     true,
