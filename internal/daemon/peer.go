@@ -67,6 +67,7 @@ type inbox struct {
 type item struct {
 	event rotation.Event
 	conn  *link.Conn
+	taken chan<- struct{} // closed when the machine is done with it; nil: nobody waits
 }
 
 const inboxSize = 16
@@ -78,7 +79,7 @@ func newInbox() *inbox {
 // put adds an event that may be dropped where the inbox is full.
 func (b *inbox) put(e rotation.Event, c *link.Conn) {
 	select {
-	case b.events <- item{e, c}:
+	case b.events <- item{event: e, conn: c}:
 	default:
 	}
 }
@@ -86,7 +87,21 @@ func (b *inbox) put(e rotation.Event, c *link.Conn) {
 // deliver adds an event, waiting for room.
 func (b *inbox) deliver(ctx context.Context, e rotation.Event, c *link.Conn) {
 	select {
-	case b.events <- item{e, c}:
+	case b.events <- item{event: e, conn: c}:
+	case <-ctx.Done():
+	}
+}
+
+// deliverAndWait adds an event and waits until the machine is done with it.
+func (b *inbox) deliverAndWait(ctx context.Context, e rotation.Event, c *link.Conn) {
+	taken := make(chan struct{})
+	select {
+	case b.events <- item{event: e, conn: c, taken: taken}:
+	case <-ctx.Done():
+		return
+	}
+	select {
+	case <-taken:
 	case <-ctx.Done():
 	}
 }
@@ -165,21 +180,24 @@ func (p *peer) drive(ctx context.Context, m machine, in *inbox, observations <-c
 		case <-timer.C:
 			next.event = rotation.Tick{}
 		}
+		current := true
 		switch next.event.(type) {
 		case rotation.LinkUp:
 			conn = next.conn
 		case rotation.LinkDown:
-			if conn != next.conn {
-				continue // replaced already
+			if current = conn == next.conn; current { // otherwise replaced already
+				conn = nil
 			}
-			conn = nil
 		case rotation.Received, rotation.OtherVersion:
-			if conn != next.conn {
-				continue
-			}
+			current = conn == next.conn
 		}
-		p.step(m, next.event, conn, fetches)
-		p.rearm(timer, m)
+		if current {
+			p.step(m, next.event, conn, fetches)
+			p.rearm(timer, m)
+		}
+		if next.taken != nil {
+			close(next.taken)
+		}
 	}
 }
 
@@ -448,6 +466,11 @@ func (p *peer) receive(ctx context.Context, c *link.Conn) error {
 		switch m.(type) {
 		case *wire.Commit, *wire.Committed, *wire.Refused, *wire.Bye:
 			p.sched.deliver(ctx, e, c)
+		case *wire.Init, *wire.Ack:
+			// What follows is of the session that this opens: a scheduler that
+			// did not know of it would miss the peer's first report.
+			p.gen.deliverAndWait(ctx, e, c)
+			p.sched.deliver(ctx, rotation.Tick{}, nil)
 		case *wire.Report:
 			p.gen.deliver(ctx, e, c)
 			p.sched.deliver(ctx, e, c)

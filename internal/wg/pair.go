@@ -36,6 +36,10 @@ type PairOptions struct {
 
 // Pair is a tunnel between two real WireGuard devices in this process, that
 // needs no privileges. Keys are drawn at random.
+//
+// A pair that was made in a testing/synctest bubble must stay reachable for as
+// long as the process lives: wireguard-go drains its queues by finalizers,
+// which run outside the bubble, where the bubble's channels are out of bounds.
 type Pair struct {
 	A, B       *End
 	handshakes handshakes
@@ -48,6 +52,7 @@ type End struct {
 	device  inProcess
 	tun     *memoryTUN
 	public  PublicKey
+	peer    *device.Peer // the other end, as this one's device knows it
 	other   *End
 	address netip.Addr
 	pings   pings
@@ -132,7 +137,7 @@ func (p *Pair) configure(o PairOptions) error {
 }
 
 func (e *End) addPeer(key *psk.Key, endpoint string) error {
-	return e.device.set(func(w *uapiWriter) {
+	err := e.device.set(func(w *uapiWriter) {
 		w.secret("public_key", e.other.public[:])
 		if key != nil {
 			w.secret("preshared_key", key.Bytes())
@@ -140,6 +145,8 @@ func (e *End) addPeer(key *psk.Key, endpoint string) error {
 		w.line("endpoint", endpoint)
 		w.line("allowed_ip", netip.PrefixFrom(e.other.address, 32).String())
 	})
+	e.peer = e.device.device.LookupPeer(device.NoisePublicKey(e.other.public))
+	return err
 }
 
 // Handshake makes A start a handshake, also while the session is fresh, and
@@ -148,11 +155,7 @@ func (e *End) addPeer(key *psk.Key, endpoint string) error {
 // an answer comes at once, wireguard-go can arm the timer of its retry after
 // the answer, and makes one more handshake five seconds later.
 func (p *Pair) Handshake() error {
-	peer := p.A.device.device.LookupPeer(device.NoisePublicKey(p.B.public))
-	if peer == nil {
-		return ErrNoPeer
-	}
-	return peer.SendHandshakeInitiation(false)
+	return p.A.peer.SendHandshakeInitiation(false)
 }
 
 // FailedHandshakes counts the initiations, from either end and after the

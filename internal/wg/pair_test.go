@@ -3,6 +3,7 @@ package wg
 import (
 	"crypto/rand"
 	"errors"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -18,12 +19,25 @@ const (
 )
 
 // inTunnel runs body in virtual time with a tunnel.
+// pairs of all bubbles stay reachable: see Pair.
+var pairs struct {
+	sync.Mutex
+	made []*Pair
+}
+
+func keep(p *Pair) {
+	pairs.Lock()
+	defer pairs.Unlock()
+	pairs.made = append(pairs.made, p)
+}
+
 func inTunnel(t *testing.T, o PairOptions, body func(*testing.T, *Pair)) {
 	synctest.Test(t, func(t *testing.T) {
 		p, err := NewPair(o)
 		if err != nil {
 			t.Fatal(err)
 		}
+		keep(p)
 		defer func() {
 			if err := p.Close(); err != nil {
 				t.Error(err)
