@@ -130,9 +130,14 @@ func start(t *testing.T, o options) (*system, func()) {
 					}
 					return link.Client(ctx, raw, self, pins)
 				},
-				Source: func(p *config.Peer) (kms.Source, error) { return systemOf.For(p.SAE) },
-				Store:  store,
-				Log:    slog.New(slog.NewTextHandler(log, nil)).With("end", i),
+				Source: func(p *config.Peer) (kms.Source, error) {
+					if p.KMS == nil {
+						return nil, nil
+					}
+					return systemOf.For(p.SAE)
+				},
+				Store: store,
+				Log:   slog.New(slog.NewTextHandler(log, nil)).With("end", i),
 				Watch: func(_ string, n rotation.Note) {
 					s.mu.Lock()
 					defer s.mu.Unlock()
