@@ -10,6 +10,7 @@ import (
 	"go/parser"
 	"go/token"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
 	"slices"
@@ -73,7 +74,6 @@ var packages = map[string]layer{
 var owners = map[string]string{
 	"filippo.io/mldsa":                  "internal/link",
 	"github.com/cloudflare/circl":       "internal/kem",
-	"github.com/coreos/go-systemd/v22":  "internal/daemon",
 	"github.com/spf13/cobra":            "internal/cli",
 	"go.yaml.in/yaml/v4":                "internal/config",
 	"golang.zx2c4.com/wireguard":        "internal/wg",
@@ -172,19 +172,23 @@ func (t *tree) readModule(root fs.FS) error {
 	return lines.Err()
 }
 
-// problems returns every way in which the tree breaks the tables.
+// problems returns every way in which the tree breaks the tables, and every
+// row of the tables that nothing in the tree answers to.
 func (t *tree) problems() []string {
 	var out []string
 	report := func(at token.Pos, format string, args ...any) {
 		p := t.fset.Position(at)
 		out = append(out, fmt.Sprintf("%s:%d: %s", p.Filename, p.Line, fmt.Sprintf(format, args...)))
 	}
+	found := make(map[string]bool)
+	used := make(map[string]bool)
 	for _, f := range t.files {
 		in, placed := packages[f.pkg]
 		if !placed {
 			report(f.ast.Package, "package %s has no place in the architecture", f.pkg)
 			continue
 		}
+		found[f.pkg] = true
 		for _, spec := range f.ast.Imports {
 			imported, _ := strconv.Unquote(spec.Path.Value)
 			own, ok := strings.CutPrefix(imported, t.module+"/")
@@ -202,6 +206,7 @@ func (t *tree) problems() []string {
 				if owners[module] != f.pkg {
 					report(spec.Pos(), "%s may not import %s: its owner is %q", f.pkg, imported, owners[module])
 				}
+				used[module] = true
 			case in == core && !slices.Contains(pure[f.pkg], imported) && below(imported, impure):
 				report(spec.Pos(), "%s is core and may not import %s", f.pkg, imported)
 			}
@@ -209,6 +214,16 @@ func (t *tree) problems() []string {
 		checkDeclarations(f, report)
 		if in == core {
 			checkPurity(f, report)
+		}
+	}
+	for _, pkg := range slices.Sorted(maps.Keys(packages)) {
+		if !found[pkg] {
+			out = append(out, fmt.Sprintf("package %s has a place in the architecture but does not exist", pkg))
+		}
+	}
+	for _, module := range slices.Sorted(maps.Keys(owners)) {
+		if !used[module] {
+			out = append(out, fmt.Sprintf("module %s has an owner but nothing imports it", module))
 		}
 	}
 	return out
@@ -358,6 +373,8 @@ func TestArchitectureCanFail(t *testing.T) {
 		{"init", "internal/cli/x.go", `package cli; func init() {}`, "init:"},
 		{"variable", "internal/cli/x.go", `package cli; var verbose bool`, "package variable verbose"},
 		{"variable from a call", "internal/cli/x.go", `package cli; import "os"; var out = os.Getenv("OUT")`, "package variable out"},
+		{"row without a package", "internal/psk/x.go", `package psk`, "package internal/wire has a place in the architecture but does not exist"},
+		{"owner without an import", "internal/psk/x.go", `package psk`, "module github.com/spf13/cobra has an owner but nothing imports it"},
 	}
 	gomod, err := os.ReadFile("../go.mod")
 	if err != nil {
