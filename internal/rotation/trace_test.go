@@ -111,6 +111,9 @@ func (s *story) begin(t *testing.T, d *datadriven.TestData) {
 					change(c)
 				}
 			})
+		case "heartbeat":
+			every := duration(t, d, value)
+			changes = append(changes, func(_ int, c *rotation.Config) { c.Heartbeat = every })
 		case "buffer":
 			changes = append(changes, func(_ int, c *rotation.Config) { c.Parameters.Buffer = uint16(value[0] - '0') })
 		case "kems":
