@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -104,12 +105,16 @@ func (l *lab) close() {
 	}
 }
 
-// collectLogs adds the log files, and what lies in the state directories, to
-// what was printed.
+// collectLogs adds the log files, and what lies in the run and state
+// directories, to what was printed. Keys belong into the journals and the
+// recorded initial ones, and nowhere else.
 func (l *lab) collectLogs() {
 	for _, h := range l.hosts {
-		for _, dir := range []string{h.path("log"), h.path("state")} {
+		for _, dir := range []string{h.path("log"), h.path("state"), h.path("run")} {
 			err := filepath.WalkDir(dir, func(name string, d fs.DirEntry, err error) error {
+				if err == nil && d.IsDir() && slices.Contains([]string{".journal", ".initial"}, filepath.Ext(name)) {
+					return fs.SkipDir
+				}
 				if err != nil || !d.Type().IsRegular() {
 					return err
 				}

@@ -66,7 +66,8 @@ func runLab() (int, error) {
 		}
 	}
 
-	lab := exec.Command("/proc/self/exe", os.Args[1:]...)
+	// Tests wait far more than they work; a -parallel of the caller comes later.
+	lab := exec.Command("/proc/self/exe", append([]string{"-test.parallel=8"}, os.Args[1:]...)...)
 	lab.Stdin, lab.Stdout, lab.Stderr = os.Stdin, os.Stdout, os.Stderr
 	lab.Env = append(os.Environ(), partVar+"=lab", binaryVar+"="+binary)
 	lab.SysProcAttr = &syscall.SysProcAttr{

@@ -4,16 +4,19 @@ package e2e
 
 import (
 	"crypto/rand"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"net"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
 	"keyturn/internal/config"
 	"keyturn/internal/control"
 	"keyturn/internal/link"
+	"keyturn/internal/psk"
 )
 
 const linkPort = "51822"
@@ -46,12 +49,27 @@ func (h *host) identify() string {
 		if err != nil {
 			h.lab.t.Fatal(err)
 		}
+		h.lab.remember(secretOf(h.lab.t, id))
 	}
 	id, err := link.ReadIdentityFile(path)
 	if err != nil {
 		h.lab.t.Fatal(err)
 	}
 	return id.Fingerprint().String()
+}
+
+// secretOf returns an identity's secret as what may not be written down.
+func secretOf(t *testing.T, id *link.Identity) *psk.Key {
+	t.Helper()
+	b, err := base64.StdEncoding.DecodeString(id.Secret())
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := psk.New(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
 }
 
 // as returns how another host's configuration names this one as a peer: by
@@ -129,4 +147,16 @@ func TestConfiguration(t *testing.T) {
 	if p := c.Peers[0]; p.Name != b.name || p.Address != "" || p.Role != config.RoleServer || c.Window != 20*time.Second {
 		t.Errorf("%+v", p)
 	}
+}
+
+// logs waits until the log of the host's rotator says a text.
+func (h *host) logs(limit time.Duration, text string) {
+	h.lab.t.Helper()
+	eventually(h.lab.t, limit, fmt.Sprintf("%s in the log of %s", text, h.name), func() error {
+		b, err := os.ReadFile(h.path("log", wg0+".log"))
+		if err == nil && !strings.Contains(string(b), text) {
+			err = fmt.Errorf("it is not there")
+		}
+		return err
+	})
 }

@@ -1,0 +1,240 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"keyturn/internal/control"
+	"keyturn/internal/psk"
+)
+
+// TestLife: down, up by the interface's name, kill -9 at either end, rm. The
+// tunnel never notices, and the ends are in step again each time.
+func TestLife(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	a, b := l.host("lisbon"), l.host("porto")
+	connect(a, b)
+	a.handshake(b)
+	pings := b.ping(a)
+	conf := a.write(nil, b.as())
+	a.keyturn("up", conf)
+	b.keyturn("up", b.write(nil, a.as()))
+	last := eventuallyRotated(t, a, b, psk.Fingerprint{})
+
+	if r := a.try("up", conf); r.code != 1 || !strings.Contains(r.stderr, "already") {
+		t.Errorf("up of what is up: exit %d\n%s", r.code, r.stderr)
+	}
+	a.keyturn("down", wg0)
+	if r := a.try("down", wg0); r.code != 1 {
+		t.Errorf("down of what is down: exit %d", r.code)
+	}
+	// Brought down in order is no fault.
+	if out := a.keyturn("ls"); !strings.Contains(out, "down") {
+		t.Errorf("ls after down:\n%s", out)
+	}
+	last = agree(t, a, b)
+	b.handshake(a)
+	mustHold(t, a, b, last)
+	a.keyturn("up", wg0)
+	last = rotateAgain(t, a, b, last)
+
+	for _, h := range []*host{a, b} {
+		s, err := h.status()
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.kill9(s.PID)
+		eventually(t, 5*time.Second, "ls tells the truth", func() error {
+			if r := h.try("ls"); r.code != 3 || !strings.Contains(r.stdout, "down") || !strings.Contains(r.stdout, "without being brought down") {
+				return fmt.Errorf("exit %d\n%s", r.code, r.stdout)
+			}
+			return nil
+		})
+		if r := h.try("status", wg0); r.code != 3 {
+			t.Errorf("status of what was killed: exit %d\n%s", r.code, r.stdout)
+		}
+		h.keyturn("up", wg0)
+		last = rotateAgain(t, a, b, last)
+	}
+
+	a.keyturn("rm", wg0)
+	mustForget(t, a)
+	if r := a.try("status", wg0); r.code != 1 {
+		t.Errorf("status of what was removed: exit %d", r.code)
+	}
+	if out := a.keyturn("ls"); strings.Contains(out, wg0) {
+		t.Errorf("ls after rm:\n%s", out)
+	}
+	last = agree(t, a, b)
+	a.handshake(b)
+	mustHold(t, a, b, last)
+	// Without its journal it begins anew, and is in step again.
+	a.keyturn("up", conf)
+	rotateAgain(t, a, b, last)
+
+	pings.stop().mustBeComplete(t)
+	mustNotFail(t, a, b)
+}
+
+// rotateAgain waits until the ends are linked, and protected by a key that
+// follows last, after a handshake.
+func rotateAgain(t *testing.T, a, b *host, last psk.Fingerprint) psk.Fingerprint {
+	t.Helper()
+	for _, end := range []struct{ h, p *host }{{a, b}, {b, a}} {
+		end.h.towards(end.p, 10*time.Second, "a link", func(p control.PeerStatus) error {
+			if p.Link.State != control.LinkUp {
+				return fmt.Errorf("%s: %s", p.Link.State, p.Link.Error)
+			}
+			return nil
+		})
+	}
+	letCount(t)
+	a.handshake(b)
+	last = eventuallyRotated(t, a, b, last)
+	a.handshake(b)
+	last = eventuallyRotated(t, a, b, last)
+	for _, end := range []struct{ h, p *host }{{a, b}, {b, a}} {
+		end.h.towards(end.p, 10*time.Second, "protected", func(p control.PeerStatus) error {
+			if !p.Protected || p.State != control.PeerProtected {
+				return fmt.Errorf("%s: %s", p.State, p.Why)
+			}
+			return nil
+		})
+	}
+	return last
+}
+
+// mustForget fails the test if anything of a rotator is left but its lock.
+func mustForget(t *testing.T, h *host) {
+	t.Helper()
+	for _, dir := range []string{"run", "state", "log"} {
+		err := filepath.WalkDir(h.path(dir), func(path string, d fs.DirEntry, err error) error {
+			if err == nil && strings.HasPrefix(d.Name(), wg0) && filepath.Ext(path) != ".lock" {
+				t.Errorf("rm leaves %s", path)
+			}
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestDetached: a rotator that was started from a terminal has none, nor
+// anything else of its starter, and lives on when the terminal hangs up.
+func TestDetached(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	a, b := l.host("lisbon"), l.host("porto")
+	connect(a, b)
+	conf := a.write(nil, b.as())
+	hangUp := a.fromTerminal("up", conf)
+	s, err := a.status()
+	if err != nil {
+		t.Fatal(err)
+	}
+	hangUp()
+
+	proc := fmt.Sprintf("/proc/%d/", s.PID)
+	read := func(name string) string {
+		t.Helper()
+		r := a.run("", "cat", proc+name)
+		if r.code != 0 {
+			t.Fatalf("%s: %s", name, r.stderr)
+		}
+		return r.stdout
+	}
+	// proc(5): after the name in parentheses state, ppid, pgrp, session, tty_nr.
+	_, rest, _ := strings.Cut(read("stat"), ") ")
+	fields := strings.Fields(rest)
+	if pid := strconv.Itoa(s.PID); fields[1] != "1" || fields[3] != pid || fields[4] != "0" {
+		t.Errorf("parent %s, session %s, terminal %s; process %s", fields[1], fields[3], fields[4], pid)
+	}
+	limits := read("limits")
+	i := strings.Index(limits, "Max core file size")
+	if line, _, _ := strings.Cut(limits[i:], "\n"); !slices.Equal(strings.Fields(line)[4:], []string{"0", "0", "bytes"}) {
+		t.Errorf("core dumps: %q", line)
+	}
+	links := strings.Fields(a.run("", "sh", "-c", "cd "+proc+" && readlink cwd fd/0 && readlink fd/*").stdout)
+	if len(links) < 5 || links[0] != "/" || links[1] != "/dev/null" {
+		t.Fatalf("working directory, standard input and descriptors are %q", links)
+	}
+	for _, name := range links[2:] {
+		known := slices.ContainsFunc([]string{"/sys/fs/cgroup/" /* Go reads how many CPUs it may use */, "socket:", "anon_inode:", "pipe:", "/dev/null", a.path("log", wg0+".log"), a.path("run")},
+			func(prefix string) bool { return strings.HasPrefix(name, prefix) })
+		if !known {
+			t.Errorf("a descriptor for %s", name)
+		}
+	}
+	if r := a.run("", "sh", "-c", "ls -l "+proc+"fd | grep -c pipe:"); strings.TrimSpace(r.stdout) != "0" {
+		t.Errorf("%s pipes are open", strings.TrimSpace(r.stdout))
+	}
+	if mode := stat(t, a.path("run")).Mode().Perm(); mode != 0o700 {
+		t.Errorf("the run directory has mode %o", mode)
+	}
+	if mode := stat(t, a.path("log", wg0+".log")).Mode().Perm(); mode&0o077 != 0 {
+		t.Errorf("the log has mode %o", mode)
+	}
+	a.keyturn("down", wg0)
+}
+
+func stat(t *testing.T, path string) os.FileInfo {
+	t.Helper()
+	fi, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fi
+}
+
+// fromTerminal runs a command of keyturn that must succeed in a session with a
+// terminal, and with a descriptor that nobody should inherit. The returned
+// function closes the terminal, which hangs up on whoever still has it.
+func (h *host) fromTerminal(args ...string) (hangUp func()) {
+	h.lab.t.Helper()
+	terminal, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		h.lab.t.Fatal(err)
+	}
+	if err := unix.IoctlSetPointerInt(int(terminal.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		h.lab.t.Fatal(err)
+	}
+	fd, _, errno := unix.Syscall(unix.SYS_IOCTL, terminal.Fd(), unix.TIOCGPTPEER, unix.O_RDWR|unix.O_NOCTTY)
+	if errno != 0 {
+		h.lab.t.Fatal(errno)
+	}
+	end := os.NewFile(fd, "terminal")
+	extra, err := os.Open(h.path("identity.key"))
+	if err != nil {
+		h.lab.t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), commandLimit)
+	defer cancel()
+	c := h.command(ctx, os.Getenv(binaryVar), args...)
+	c.Stdin, c.Stdout, c.Stderr = end, end, end
+	c.ExtraFiles = []*os.File{nil, nil, extra} // as a shell's 5<file
+	c.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	if err := h.in(c.Start); err != nil {
+		h.lab.t.Fatal(err)
+	}
+	end.Close()
+	extra.Close()
+	if err := c.Wait(); err != nil {
+		h.lab.t.Fatalf("keyturn %s: %v", strings.Join(args, " "), err)
+	}
+	return func() { terminal.Close() }
+}
