@@ -27,10 +27,10 @@ func (s *KeyRotationScheduler) lead() {
 		}
 		return
 	}
-	if in := s.installed; !t.accepted || next == nil || in != nil && !in.found() && !in.agreed {
+	if in := s.installed; !t.accepted || next == nil || !opening && in != nil && !in.found() && !in.agreed {
 		return
 	}
-	if !s.nextNotBefore.IsZero() && !s.due(s.nextNotBefore) {
+	if !opening && !s.nextNotBefore.IsZero() && !s.due(s.nextNotBefore) {
 		return
 	}
 	if mode, ok := s.mode(opening); ok {
@@ -76,8 +76,11 @@ func (s *KeyRotationScheduler) degraded() bool {
 func (s *KeyRotationScheduler) next() *record {
 	t := s.tunnel
 	floor := uint64(0)
-	if s.installed != nil {
+	switch {
+	case s.installed != nil:
 		floor = s.installed.serial
+	case s.peer.Installed.Serial > 0: // blocked: what the peer has opens the tunnel as well
+		floor = s.peer.Installed.Serial - 1
 	}
 	for _, r := range t.records {
 		if r.serial > floor && !r.confirmed && s.shared(r) {
@@ -356,6 +359,7 @@ func (s *KeyRotationScheduler) refused(m *wire.Refused) {
 	case wire.ReasonNotYet:
 		wait = notYetRetry
 	case wire.ReasonUnknown, wire.ReasonStale:
+		op.record.session = wire.SessionID{} // what the peer lists decides from here on
 		if op.mode != wire.ModeRepair && op.record != s.installed && !op.record.agreed {
 			s.note(NoteDropped, op.record.name(), "the peer says "+m.Reason.String())
 			s.tunnel.erase(op.record)

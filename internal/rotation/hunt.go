@@ -20,7 +20,7 @@ func (s *KeyRotationScheduler) hunt() {
 	if s.op != nil {
 		return
 	}
-	candidates := s.tunnel.candidates(s.usable)
+	candidates := s.tunnel.candidates(func(r *record) bool { return r.journaled && s.usable(r) })
 	if len(candidates) == 0 {
 		return
 	}

@@ -130,7 +130,9 @@ func (s *KeyRotationScheduler) start(key *psk.Key, print psk.Fingerprint) {
 		s.verifiedOnce = true
 	case newest != nil: // a reboot: WireGuard has come up with its original PSK
 		s.installed = newest // if setting it fails, readBack sees that
-		s.begin(&operation{kind: opRestore, record: newest})
+		if !t.config.BlockStart || newest.confirmed {
+			s.begin(&operation{kind: opRestore, record: newest})
+		}
 	case found == nil:
 		found = &record{key: key.Clone(), print: print}
 		t.insert(found)
@@ -144,8 +146,7 @@ func (s *KeyRotationScheduler) start(key *psk.Key, print psk.Fingerprint) {
 	if found != nil && t.config.Fallback {
 		t.initial = found.print
 	}
-	if t.config.BlockStart && (s.installed == nil || !s.installed.confirmed) && (s.op == nil || !s.op.record.confirmed) ||
-		t.config.BlockStale && newest == nil && (s.verifiedOnce || s.installed == nil) {
+	if t.config.BlockStart && !s.installed.confirmed || t.config.BlockStale && newest == nil && s.verifiedOnce {
 		s.blockNow("no fresh confirmed key at the start")
 	}
 }
@@ -182,7 +183,7 @@ func (s *KeyRotationScheduler) readBack(key *psk.Key, print psk.Fingerprint, o O
 	if !s.restoreAt.IsZero() {
 		return // known, and waiting
 	}
-	if s.installed != nil && s.installed.found() && !s.verifiedOnce {
+	if s.installed != nil && s.installed.found() && !s.verifiedOnce && s.block == nil {
 		s.note(NoteForeign, none, "another PSK was set before the first rotation; taking it as found")
 		s.adopt(key, print)
 		return
@@ -207,12 +208,14 @@ func (s *KeyRotationScheduler) readBack(key *psk.Key, print psk.Fingerprint, o O
 	}
 	s.note(NoteForeign, none, what)
 	s.restoreAt = s.now.Add(wait)
+	s.restores++
+	s.restoredAt = s.restoreAt
 }
 
 // matches says whether a PSK is the one that should be there.
 func (s *KeyRotationScheduler) matches(print psk.Fingerprint) bool {
-	if s.blocked {
-		return s.block != nil && s.block.Fingerprint() == print
+	if s.block != nil {
+		return s.block.Fingerprint() == print
 	}
 	return s.installed == nil || s.installed.print == print
 }
@@ -224,9 +227,7 @@ func (s *KeyRotationScheduler) restore() {
 		return
 	}
 	s.restoreAt = time.Time{}
-	s.restores++
-	s.restoredAt = s.now
-	if s.blocked {
+	if s.block != nil {
 		s.begin(&operation{kind: opBlock})
 		return
 	}
@@ -247,7 +248,7 @@ func (s *KeyRotationScheduler) expire() {
 		s.stale = true
 		s.note(NoteStale, s.installed.name(), "no fresh key for "+c.MaxKeyAge.String())
 	}
-	if c.BlockStale && s.op == nil && s.ready && s.absent < 2 {
+	if c.BlockStale && s.block == nil && s.op == nil && s.ready && s.absent < 2 {
 		s.blockNow("the key is older than " + c.MaxKeyAge.String())
 	}
 }

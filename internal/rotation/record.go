@@ -24,6 +24,9 @@ type record struct {
 	failed    bool      // WireGuard refused it a moment ago: another key may do better
 	doubtful  bool      // WireGuard refused it, but it may have taken all the same
 
+	saveToken uint64 // of the first Save that holds it
+	journaled bool   // it is in the journal
+
 	// session in which the client took it from its buffer: the server
 	// holds it as well, whatever an older report of it says.
 	session wire.SessionID
@@ -152,7 +155,7 @@ func (t *Tunnel) Restore(j Journal, now, wall time.Time) {
 	for _, e := range j.Entries {
 		r := &record{
 			serial: e.Serial, key: e.Key, print: e.Key.Fingerprint(), sources: e.Sources, wall: e.Installed,
-			agreed: e.Agreed, seen: e.Seen, confirmed: e.Confirmed,
+			agreed: e.Agreed, seen: e.Seen, confirmed: e.Confirmed, journaled: true,
 		}
 		if !e.Installed.IsZero() {
 			age := wall.Sub(e.Installed)

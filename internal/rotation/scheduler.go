@@ -36,7 +36,7 @@ type KeyRotationScheduler struct {
 	installed *record // nil: nothing of ours, or blocked
 	setAt     time.Time
 	blocked   bool
-	block     *psk.Key // the random PSK of a blocked tunnel
+	block     *psk.Key // the random PSK that closes the tunnel, from the wish to block on
 	probeAt   time.Time
 	op        *operation
 
@@ -190,8 +190,8 @@ func (s *KeyRotationScheduler) advance() {
 	if s.due(s.forgive) {
 		s.forgiveFailed()
 	}
+	s.expire() // before restore, lest a stale key goes in again
 	s.restore()
-	s.expire()
 	s.compare()
 	s.lead()
 	s.hunt()
@@ -315,11 +315,12 @@ func (s *KeyRotationScheduler) reported(m *wire.Report) {
 		}
 	}
 	// A committed key that the peer neither has installed nor holds can never
-	// be accepted in this session.
+	// be accepted in this session. One that the client took from its buffer in
+	// this session is only unlisted because the server could not set it (R1).
 	if s.op == nil {
 		base := t.base()
 		for _, r := range slices.Clone(t.records) {
-			if base != nil && r.serial > base.serial && r != s.installed && m.Installed != r.name() && !contains(m.Held, r.name()) {
+			if base != nil && r.serial > base.serial && r != s.installed && (r.session != s.session || t.config.Role == Server) && m.Installed != r.name() && !contains(m.Held, r.name()) {
 				s.note(NoteDropped, r.name(), "the peer does not hold it")
 				t.erase(r)
 				s.save()
@@ -406,6 +407,11 @@ func (s *KeyRotationScheduler) dropPulled(why string) {
 func (s *KeyRotationScheduler) save() uint64 {
 	s.token++
 	s.saveAt = time.Time{}
+	for _, r := range s.tunnel.records {
+		if r.saveToken == 0 {
+			r.saveToken = s.token
+		}
+	}
 	s.out = append(s.out, Save{Token: s.token, Journal: s.tunnel.journal()})
 	return s.token
 }
@@ -414,7 +420,12 @@ func (s *KeyRotationScheduler) saved(e Saved) {
 	if e.Err != nil {
 		s.failedTo("write the journal: " + e.Err.Error())
 		s.saveAt = s.now.Add(setRetry)
-	} else if s.confirmedIn != 0 && e.Token >= s.confirmedIn && s.journaled != s.confirmed {
+	} else {
+		for _, r := range s.tunnel.records {
+			r.journaled = r.journaled || r.saveToken <= e.Token
+		}
+	}
+	if e.Err == nil && s.confirmedIn != 0 && e.Token >= s.confirmedIn && s.journaled != s.confirmed {
 		s.journaled = s.confirmed
 		s.reportNow = true
 		s.prune()

@@ -13,7 +13,7 @@ const (
 	CutLink       Fault = iota
 	CutTunnel           // WireGuard's packets
 	CutBoth             // the whole network
-	Lossy               // messages of the link are lost one by one
+	Lossy               // messages of the link are lost one by one, until it breaks
 	Twofold             // messages come twice
 	Overtaken           // messages are delayed and overtake each other
 	LossyTunnel         // half of WireGuard's packets are lost
@@ -102,7 +102,8 @@ func (w *World) Strike(a Act) {
 		flag(&w.Tunnel.Cut)
 		flag(&w.Link.Cut)
 	case Lossy:
-		oneIn(&w.Link.Lose, 2)
+		w.Link.Lose = 2
+		end(func() { w.Link.Lose = 0; w.Link.drop(w) })
 	case Twofold:
 		oneIn(&w.Link.Twice, 2)
 	case Overtaken:
@@ -151,6 +152,9 @@ func (w *World) Strike(a Act) {
 func (w *World) Calm() {
 	w.trace("CALM")
 	w.calms++
+	if w.Link.Lose > 0 {
+		w.Link.drop(w)
+	}
 	w.Link.Cut, w.Link.Lose, w.Link.Twice, w.Link.Late = false, 0, 0, 0
 	w.Tunnel.Cut, w.Tunnel.Loss = false, 0
 	w.KMS.Down, w.KMS.Wrong, w.KMS.Zero, w.KMS.Reuse, w.KMS.Delay = [2]bool{}, false, false, false, 0

@@ -24,6 +24,7 @@ type End struct {
 	genTimer  time.Time
 	schdTimer time.Time
 	polls     int
+	polledAt  time.Duration // WallOffset at the last poll
 	busy      busy
 
 	journal  *rotation.Journal // on "disk"
@@ -42,9 +43,11 @@ type End struct {
 	known     map[psk.Fingerprint]bool // may be set without verification: found, random
 	verified  map[psk.Fingerprint]bool
 	erased    map[psk.Fingerprint]bool
+	random    map[psk.Fingerprint]bool // set under block, and verified by nobody
 	inJournal map[psk.Fingerprint]bool
 	last      uint64 // highest serial installed by a window or idle commit
-	Lost      int    // times the journal went
+	Lost      int    // times the journal went since a key was confirmed
+	fresh     []time.Time
 	Notes     map[rotation.NoteKind]int
 }
 
@@ -85,6 +88,9 @@ func (e *End) Start() {
 	e.sched = rotation.NewKeyRotationScheduler(e.tunnel)
 	w.trace("%s: starts", names[e.index])
 	e.poll()
+	if e.last = e.View().Installed.Serial; w.BlockStart {
+		e.last = 0
+	}
 	life := e.life
 	var again func()
 	again = func() {
@@ -125,6 +131,7 @@ func (e *End) Reboot() {
 	if !e.world.Persistent {
 		e.journal = nil
 		e.Lost++
+		e.world.common = psk.Fingerprint{}
 		e.inJournal = nil
 		e.erased = map[psk.Fingerprint]bool{}
 		e.last = 0
@@ -136,6 +143,7 @@ func (e *End) Foreign() {
 	k, _ := psk.Random(e.world.random)
 	e.world.trace("%s: wg set", names[e.index])
 	if p := e.device.psk.Fingerprint(); e.known[p] {
+		e.world.common = psk.Fingerprint{}
 		e.Lost++ // before the first rotation the operator may do so: there is no key to return to
 		e.known[k.Fingerprint()] = true
 	}
@@ -161,8 +169,9 @@ func (e *End) poll() {
 	d := &e.device
 	e.scheduler(rotation.Observed{
 		Began: e.world.Now, Wall: e.wall(), Present: !e.Gone, PSK: d.psk.Clone(),
-		Handshake: d.stamp, Rx: d.rx, Tx: d.tx,
+		Handshake: d.stamp, Rx: d.rx, Tx: d.tx, Jumped: e.WallOffset != e.polledAt,
 	})
+	e.polledAt = e.WallOffset
 }
 
 func (e *End) generator(ev rotation.Event) {
@@ -284,6 +293,7 @@ func (e *End) effect(f rotation.Effect, generator bool) {
 			e.setPSK(f.Key)
 		}
 		later(rotation.Set{Token: f.Token, Err: err})
+		w.after(time.Millisecond, func() { e.blocked(f.Key) })
 	case rotation.Probe:
 		w.trace("%s: probes the tunnel", names[e.index])
 		w.data(e, false)
@@ -316,8 +326,20 @@ func (e *End) effect(f rotation.Effect, generator bool) {
 func (e *End) noted(n rotation.Note) {
 	w := e.world
 	e.Notes[n.Kind]++
-	if n.Kind == rotation.NoteEstablished {
+	switch n.Kind {
+	case rotation.NoteEstablished:
 		e.verified[n.Key.Fingerprint] = true
+		e.spent()
+	case rotation.NoteInstalled:
+		// Committed serials rise strictly, repair and hunt aside.
+		if n.Text != wire.ModeRepair.String() && n.Key.Serial <= e.last {
+			w.fail("%s: committed %v after %d", names[e.index], n.Key, e.last)
+		}
+		e.last = n.Key.Serial
+	case rotation.NoteHunting:
+		e.last = n.Key.Serial
+	case rotation.NoteBlocked:
+		e.last = max(e.last, 1) - 1 // the same key may open the tunnel again
 	}
 	switch {
 	case !n.Key.Fingerprint.IsZero():
@@ -329,6 +351,23 @@ func (e *End) noted(n rotation.Note) {
 	}
 	if n.Kind == rotation.NoteConfirmed {
 		w.confirm[n.Key] |= 1 << e.index
+		if w.confirm[n.Key] == 3 {
+			w.common = n.Key.Fingerprint
+		}
+	}
+}
+
+// maxFresh is how many keys an end may establish in a minute: a full buffer
+// after each of several restarts. QKD keys are scarce.
+const maxFresh = 40
+
+func (e *End) spent() {
+	now := e.world.Now
+	for len(e.fresh) > 0 && now.Sub(e.fresh[0]) > time.Minute {
+		e.fresh = e.fresh[1:]
+	}
+	if e.fresh = append(e.fresh, now); len(e.fresh) > maxFresh {
+		e.world.fail("%s: more than %d fresh keys in a minute", names[e.index], maxFresh)
 	}
 }
 
@@ -372,12 +411,25 @@ func (e *End) setPSK(k *psk.Key) {
 	w.trace("%s: sets %v", names[e.index], p)
 	e.device.psk = k
 	both := w.Ends[0].verified[p] && w.Ends[1].verified[p]
-	blocked := (e.config.BlockStale || e.config.BlockStart) && !both
-	if !both && !e.known[p] && !blocked {
-		w.fail("%s: installed %v, which was not verified by both ends", names[e.index], p)
+	if !both && !e.known[p] {
+		if !e.config.BlockStale && !e.config.BlockStart {
+			w.fail("%s: installed %v, which was not verified by both ends", names[e.index], p)
+		}
+		e.random[p] = true // it must be the key of a blocked tunnel: see blocked
+	}
+	if both && !e.known[p] && !e.inJournal[p] {
+		w.fail("%s: installed %v, which its journal does not hold", names[e.index], p)
 	}
 	if e.erased[p] {
 		w.fail("%s: installed the erased key %v", names[e.index], p)
+	}
+}
+
+// blocked is the invariant that a key which nobody verified goes in only to
+// close the tunnel. It holds once the machine knows that the key is set.
+func (e *End) blocked(k *psk.Key) {
+	if p := e.device.psk.Fingerprint(); k == e.device.psk && e.random[p] && e.up && e.View().State != rotation.StateBlocked {
+		e.world.fail("%s: %v is installed, which nobody verified", names[e.index], p)
 	}
 }
 
@@ -385,7 +437,10 @@ func (e *End) setPSK(k *psk.Key) {
 // lost, the keys that the two ends would hunt through have one in common.
 func (w *World) checkCommon() {
 	if w.Ends[0].Lost+w.Ends[1].Lost > 0 {
-		return
+		if !w.Ends[0].inJournal[w.common] || !w.Ends[1].inJournal[w.common] {
+			return
+		}
+		w.Ends[0].Lost, w.Ends[1].Lost = 0, 0 // a key was confirmed since
 	}
 	a, b := w.Ends[0].possible(), w.Ends[1].possible()
 	if a == nil || b == nil {

@@ -234,7 +234,8 @@ type device struct {
 	heardAt  time.Time
 	unheard  time.Time // first data sent since anything was heard
 	attempts uint64
-	life     int // packets under way to an earlier one are lost
+	pending  uint64 // attempt that message 2 may answer; zero: none, or overwritten by the peer's message 1
+	life     int    // packets under way to an earlier one are lost
 }
 
 type session struct {
@@ -270,6 +271,15 @@ func (w *World) tunnelWorks() bool {
 
 // Works reports whether the tunnel carries packets now.
 func (w *World) Works() bool { return w.tunnelWorks() }
+
+// Reachable reports whether the tunnel carries packets, where it is idle with
+// the help of a packet that makes it try.
+func (w *World) Reachable() bool {
+	if w.Idle && !w.tunnelWorks() {
+		w.data(w.Ends[Client], false)
+	}
+	return w.tunnelWorks()
+}
 
 // traffic is a ping in both directions.
 func (w *World) traffic() {
@@ -323,8 +333,7 @@ func (w *World) data(e *End, ping bool) {
 			return
 		}
 		if p.session == nil || s.birth.After(p.session.birth) { // the responder's first packet of a new session
-			p.session = s
-			p.stamp = peer.wall()
+			p.adopt(s, peer.wall())
 		}
 		p.rx += 128
 		p.unheard = time.Time{}
@@ -332,6 +341,13 @@ func (w *World) data(e *End, ping bool) {
 			d.unheard = time.Time{} // the answer, or a keepalive
 		}
 	})
+}
+
+// adopt is the responder's end of a handshake: the first packet of the new
+// session proves it, and ends an attempt of its own.
+func (d *device) adopt(s *session, wall time.Time) {
+	d.session, d.stamp = s, wall
+	d.trying, d.pending = 0, 0
 }
 
 // initiate starts a handshake unless one is under way.
@@ -357,6 +373,7 @@ func (w *World) message1(e *End) {
 	d.tx += 148
 	d.attempts++
 	attempt := d.attempts
+	d.pending = attempt
 	retry := 5*time.Second + time.Duration(w.rng.IntN(333))*time.Millisecond
 	w.after(retry, func() {
 		if d.trying == 0 || d.attempts != attempt || e.Gone {
@@ -386,6 +403,9 @@ func (w *World) message1(e *End) {
 		p.rx += 148
 		p.tx += 92
 		responder := p.psk.Fingerprint() // the responder reads its PSK here
+		// There is one handshake state for each peer: answering gives up an
+		// initiation of one's own, and counts as one for the limit of one in 5 s.
+		p.pending, p.tried = 0, w.Now
 		s := &session{initiator: e.index}
 		s.birth = w.Now
 		s.known[peer.index] = true
@@ -393,12 +413,12 @@ func (w *World) message1(e *End) {
 			return
 		}
 		w.after(n.delay, func() {
-			if d.trying == 0 || d.attempts != attempt || gone() || d.psk.Fingerprint() != responder {
+			if d.trying == 0 || d.pending != attempt || gone() || d.psk.Fingerprint() != responder {
 				return
 			}
 			s.known[e.index] = true
 			d.rx += 92
-			d.trying = 0
+			d.trying, d.pending = 0, 0
 			d.session = s
 			d.stamp = e.wall()
 			d.unheard = time.Time{}
@@ -411,8 +431,7 @@ func (w *World) message1(e *End) {
 			}
 			w.after(n.delay, func() { // the keepalive that follows
 				if (p.session == nil || s.birth.After(p.session.birth)) && s.live(w.Now) && !gone() {
-					p.session = s
-					p.stamp = peer.wall()
+					p.adopt(s, peer.wall())
 					p.rx += 32
 				}
 			})

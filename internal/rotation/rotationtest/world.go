@@ -54,6 +54,8 @@ type World struct {
 	err     error
 	confirm map[wire.Named]int
 	calms   int
+	common  psk.Fingerprint // last key confirmed by both since a journal was lost
+	apart   time.Duration   // for which the ends have differed although all is well
 }
 
 // Client and Server are the indices of the ends.
@@ -83,7 +85,10 @@ func New(o Options) *World {
 	w.KMS.keys = map[string][2]*psk.Key{}
 	initial, _ := psk.Random(w.random)
 	for i := range w.Ends {
-		e := &End{world: w, index: i, erased: map[psk.Fingerprint]bool{}, verified: map[psk.Fingerprint]bool{}}
+		e := &End{world: w, index: i, erased: map[psk.Fingerprint]bool{}, verified: map[psk.Fingerprint]bool{}, random: map[psk.Fingerprint]bool{}}
+		if o.BlockStart {
+			e.Lost = 1 // the PSK found is no key to return to
+		}
 		e.original = initial.Clone()
 		e.device.psk = initial.Clone()
 		e.known = map[psk.Fingerprint]bool{initial.Fingerprint(): true}
@@ -94,6 +99,7 @@ func New(o Options) *World {
 	if !o.Idle {
 		w.every(time.Second, func() { w.traffic() })
 	}
+	w.every(time.Second, w.checkApart)
 	w.Ends[Server].Start()
 	w.Ends[Client].Start()
 	w.after(0, w.dial)
@@ -187,6 +193,29 @@ func (q *queue) Pop() any {
 
 // InStep reports whether both ends have the same PSK in WireGuard.
 func (w *World) InStep() bool { return w.Ends[0].device.psk.Equal(w.Ends[1].device.psk) }
+
+// maxApart is how long the ends may differ once messages flow: a bootstrap, a
+// fresh key after the longest backoff, a report, and the repair.
+const maxApart = 15 * time.Second
+
+// checkApart is the invariant that the ends differ for no longer than a repair
+// takes, as long as nothing stands in its way.
+func (w *World) checkApart() {
+	l, k := &w.Link, &w.KMS
+	well := !l.Cut && l.up[Client] && l.up[Server] && l.Lose == 0 && l.Late == 0 &&
+		k.Down == [2]bool{} && !k.Wrong && !k.Zero && !k.Reuse && k.Delay == 0 && !w.Manual
+	for _, e := range w.Ends {
+		well = well && e.up && !e.JournalBad && !e.DeviceBad && !e.Gone &&
+			e.View().Foreign == 0 && e.View().State != rotation.StateBlocked
+	}
+	if !well || w.InStep() {
+		w.apart = 0
+		return
+	}
+	if w.apart += time.Second; w.apart > maxApart {
+		w.fail("the ends have differed for %v although messages flow", w.apart)
+	}
+}
 
 // Confirmed returns how many keys were confirmed at both ends.
 func (w *World) Confirmed() (n int) {
