@@ -5,9 +5,13 @@ package e2e
 import (
 	"fmt"
 	"net"
+	"os"
+	"testing"
 	"time"
 
+	"keyturn/internal/control"
 	"keyturn/internal/kmesim"
+	"keyturn/internal/psk"
 )
 
 // kmes is a host with a pair of simulated KMEs. The hosts that were named to
@@ -74,3 +78,77 @@ func (k *kmes) kms(h *host) settings {
 
 // peer is what a peer's block says of a host's SAE.
 func (k *kmes) peer(h *host) settings { return settings{"sae": kmesim.SAEName(k.sae(h))} }
+
+// TestFaults: whatever is wrong with either KMS, the log of the end that
+// asked it says so, and nothing is installed. When both are well, keys flow
+// without anybody's help.
+func TestFaults(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	a, b := l.host("lisbon"), l.host("porto")
+	qkd := l.kmes(a, b)
+	connect(a, b)
+	a.handshake(b)
+	pings := a.ping(b)
+	kms := func(h *host) settings { return qkd.kms(h).with(settings{"timeout": "1s"}) }
+	a.keyturn("up", a.write(settings{"kms": kms(a)}, b.as().with(qkd.peer(b)).with(settings{"role": "client"})))
+	b.keyturn("up", b.write(settings{"kms": kms(b)}, a.as().with(qkd.peer(a)).with(settings{"role": "server", "address": nil})))
+
+	for _, c := range []struct {
+		which, fault string
+		asks         *host
+		says         string
+	}{
+		{"--fault-a", "out-of-keys", a, "503"},
+		{"--fault-a", "html", a, "502"},
+		{"--fault-a", "wrong-size", a, "key has 32 bits, not 256"},
+		{"--fault-a", "lost", a, "closed before the end of the answer"},
+		{"--fault-a", "silent", a, "no answer within 1s"},
+		{"--fault-b", "late", b, "not found on KME"},
+		{"--fault-b", "html", b, "502"},
+		{"--fault-b", "wrong-size", b, "key has 32 bits, not 256"},
+		{"--fault-b", "slow=1m", b, "no answer within 1s"},
+		{"--fault-b", "wrong-bytes", b, "digest differs"},
+	} {
+		a.truncateLog()
+		b.truncateLog()
+		stop := qkd.start(c.which, c.fault)
+		c.asks.logs(20*time.Second, c.says)
+		for _, end := range []struct{ h, p *host }{{a, b}, {b, a}} {
+			s, err := end.h.status()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if p := s.Peers[0]; p.Rotations != 0 || p.Buffer.Len != 0 || p.Protected {
+				t.Errorf("%s %s: %d rotations, %d keys in the buffer of %s", c.which, c.fault, p.Rotations, p.Buffer.Len, end.h.name)
+			}
+		}
+		mustHold(t, a, b, psk.Fingerprint{})
+		stop()
+	}
+	defer qkd.start()()
+	a.towards(b, 20*time.Second, "keys", func(p control.PeerStatus) error {
+		if p.Buffer.Len == 0 || p.KMS.State != control.KMSOK {
+			return fmt.Errorf("kms %+v", p.KMS)
+		}
+		return nil
+	})
+	a.handshake(b)
+	eventuallyRotated(t, a, b, psk.Fingerprint{})
+	pings.stop().mustBeComplete(t)
+}
+
+// truncateLog empties the log of the host's rotator, keeping a copy for the
+// end of the test.
+func (h *host) truncateLog() {
+	h.lab.t.Helper()
+	path := h.path("log", wg0+".log")
+	text, err := os.ReadFile(path)
+	if err == nil {
+		h.lab.record(path, text)
+		err = os.Truncate(path, 0)
+	}
+	if err != nil {
+		h.lab.t.Fatal(err)
+	}
+}

@@ -50,7 +50,7 @@ func TestRefused(t *testing.T) {
 		{"combiner", settings{"combiner": "hkdf-sha384"}, nil, "hkdf-sha384", "xor"},
 		{"buffer", settings{"buffer": 4}, nil, "4", "3"},
 		{"window", nil, settings{"window": "20s"}, "20s", "30s"},
-		{"fallback", settings{"fallback": "initial"}, nil, key.Fingerprint().String(), "00000000"},
+		{"fallback", settings{"fallback": "initial"}, nil, key.Fingerprint().String(), "none"},
 	} {
 		a.keyturn("up", a.write(c.common, peerB.with(c.peer)))
 		for _, end := range []struct {
