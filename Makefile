@@ -18,8 +18,10 @@ build: ## build bin/keyturn
 test: ## run the unit, property and virtual-time tests
 	$(GO) test ./...
 
+# One processor: in Go 1.26 all of a synctest bubble's timers share one context of
+# the race detector, which two processors at once corrupt (SIGSEGV in the runtime).
 race: ## the same under the race detector (needs a C compiler)
-	$(GO) test -race ./...
+	$(GO) test -race -cpu 1 -short ./...
 
 lint: $(LINT) ## gofmt, go vet and golangci-lint (built once from tools/go.mod: minutes)
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "run make fmt:"; echo "$$unformatted"; exit 1; }

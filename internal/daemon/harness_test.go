@@ -55,6 +55,9 @@ var pairs struct {
 // start runs the system until the returned function is called.
 func start(t *testing.T, o options) (*system, func()) {
 	t.Helper()
+	// Go 1.26's race detector crashes where the first timer of a bubble is one
+	// that has run out when it is first looked at.
+	time.Sleep(time.Nanosecond)
 	s := &system{t: t, kmes: kmesim.New(kmesim.Options{})}
 	ctx, stop := context.WithCancel(t.Context())
 	var running sync.WaitGroup
