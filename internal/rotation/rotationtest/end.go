@@ -398,6 +398,9 @@ func (e *End) store(j rotation.Journal) {
 	}
 	e.inJournal = now
 	e.journal = &j
+	if n := e.above(); n > maxCandidates {
+		w.fail("%s: %d keys may be installed at the other end, and a hunt walks through %d", names[e.index], n, maxCandidates)
+	}
 	w.checkCommon()
 }
 
@@ -474,6 +477,22 @@ func (e *End) possible() map[psk.Fingerprint]bool {
 		m[n.Fingerprint] = true
 	}
 	return m
+}
+
+// maxCandidates is rotation.MaxCandidates, in figures: it is a rule under test.
+const maxCandidates = 3
+
+// above counts the keys of the journal that the other end may have installed:
+// the newest that both are known to have had, and those after it.
+func (e *End) above() (n int) {
+	for i := len(e.journal.Entries) - 1; i >= 0; i-- {
+		x := &e.journal.Entries[i]
+		n++
+		if x.Agreed || x.Confirmed || x.Serial == 0 {
+			break
+		}
+	}
+	return n
 }
 
 func (e *End) receive(m wire.Message) {
