@@ -39,6 +39,9 @@
 //	a.fingerprint(b) == b.fingerprint(a)
 //	pings.stop().mustBeComplete(t)
 //
+// A rotation is a.handshake(b) and eventuallyRotated(t, a, b, last); agree reads
+// the key that both ends have. Rotators that ask a KMS have l.kmes(a, b).
+//
 // Tests that break things find host.crash, reboot, unplug, plug, kill9,
 // destroyDevice, dial and listen; a KME is a host with background("kme", ...).
 //

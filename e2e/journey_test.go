@@ -163,6 +163,29 @@ func TestHub(t *testing.T) {
 	}
 }
 
+// TestFirstSession: a tunnel without any session gets its first one by the
+// rotators alone, under a verified key, and rotates from there.
+func TestFirstSession(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	a, b := l.host("lisbon"), l.host("porto")
+	connect(a, b)
+	a.keyturn("up", a.write(nil, b.as()))
+	b.keyturn("up", b.write(nil, a.as()))
+	for _, end := range []struct{ h, p *host }{{a, b}, {b, a}} {
+		end.h.towards(end.p, 12*time.Second, "a confirmed key", func(p control.PeerStatus) error {
+			if p.Confirmed == nil || p.Confirmed.Serial == 0 || !p.Protected {
+				return fmt.Errorf("%s, confirmed %+v", p.State, p.Confirmed)
+			}
+			return nil
+		})
+	}
+	last := agree(t, a, b)
+	letCount(t)
+	b.handshake(a)
+	eventuallyRotated(t, a, b, last)
+}
+
 // TestInside: the rotators talk inside the tunnel that they rotate.
 func TestInside(t *testing.T) {
 	t.Parallel()

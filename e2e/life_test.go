@@ -30,9 +30,9 @@ func TestLife(t *testing.T) {
 	connect(a, b)
 	a.handshake(b)
 	pings := b.ping(a)
-	conf := a.write(nil, b.as())
+	conf := a.write(nil, b.as().with(settings{"role": "client"}))
 	a.keyturn("up", conf)
-	b.keyturn("up", b.write(nil, a.as()))
+	b.keyturn("up", b.write(nil, a.as().with(settings{"role": "server", "address": nil})))
 	last := eventuallyRotated(t, a, b, psk.Fingerprint{})
 
 	if r := a.try("up", conf); r.code != 1 || !strings.Contains(r.stderr, "already") {
