@@ -128,15 +128,8 @@ func TestHostile(t *testing.T) {
 		conn.Close()
 	}
 
-	// Idle connections, more than the hub has places for, of a host that
-	// could keep all others out; the honest peer comes back meanwhile.
-	for range 300 {
-		c, err := stranger.dial("tcp", at)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
-	}
+	// The honest peer keeps its link, and comes back, through a crowd.
+	stranger.crowd(at)
 	good.handshake(hub)
 	last = eventuallyRotated(t, hub, good, last)
 	hub.towards(good, 5*time.Second, "the same link", linkOf)
@@ -144,13 +137,7 @@ func TestHostile(t *testing.T) {
 		t.Error("the link of the honest peer was disturbed")
 	}
 	good.keyturn("down", wg0)
-	for range 300 {
-		c, err := stranger.dial("tcp", at)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
-	}
+	stranger.crowd(at)
 	good.keyturn("up", wg0)
 	rotateAgain(t, good, hub, last)
 	hub.logs(time.Second, "connection turned away")
@@ -162,6 +149,19 @@ func TestHostile(t *testing.T) {
 		t.Errorf("the peer that talks nonsense: %+v", p)
 	}
 	pings.stop().mustBeComplete(t)
+}
+
+// crowd opens more connections than a listener has places for, and leaves them
+// idle until the test ends.
+func (h *host) crowd(at string) {
+	h.lab.t.Helper()
+	for range 300 {
+		c, err := h.dial("tcp", at)
+		if err != nil {
+			h.lab.t.Fatal(err)
+		}
+		h.lab.t.Cleanup(func() { c.Close() })
+	}
 }
 
 var errGoodProof = errors.New("a good proof was refused")

@@ -126,7 +126,7 @@ func TestFaults(t *testing.T) {
 		mustHold(t, a, b, psk.Fingerprint{})
 		stop()
 	}
-	defer qkd.start()()
+	qkd.start()
 	a.towards(b, 20*time.Second, "keys", func(p control.PeerStatus) error {
 		if p.Buffer.Len == 0 || p.KMS.State != control.KMSOK {
 			return fmt.Errorf("kms %+v", p.KMS)

@@ -33,7 +33,7 @@ func TestLife(t *testing.T) {
 	conf := a.write(nil, b.as().with(settings{"role": "client"}))
 	a.keyturn("up", conf)
 	b.keyturn("up", b.write(nil, a.as().with(settings{"role": "server", "address": nil})))
-	last := eventuallyRotated(t, a, b, psk.Fingerprint{})
+	eventuallyRotated(t, a, b, psk.Fingerprint{})
 
 	if r := a.try("up", conf); r.code != 1 || !strings.Contains(r.stderr, "already") {
 		t.Errorf("up of what is up: exit %d\n%s", r.code, r.stderr)
@@ -46,7 +46,7 @@ func TestLife(t *testing.T) {
 	if out := a.keyturn("ls"); !strings.Contains(out, "down") {
 		t.Errorf("ls after down:\n%s", out)
 	}
-	last = agree(t, a, b)
+	last := agree(t, a, b)
 	b.handshake(a)
 	mustHold(t, a, b, last)
 	a.keyturn("up", wg0)
@@ -116,6 +116,32 @@ func rotateAgain(t *testing.T, a, b *host, last psk.Fingerprint) psk.Fingerprint
 		})
 	}
 	return last
+}
+
+// TestVanished: the interface goes away under its rotator and comes back
+// without its pre-shared keys, as after wg-quick down and up. status says so,
+// and the key goes in again before traffic could flow without it.
+func TestVanished(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	a, b := l.host("lisbon"), l.host("porto")
+	connect(a, b)
+	a.handshake(b)
+	a.keyturn("up", a.write(nil, b.as()))
+	b.keyturn("up", b.write(nil, a.as()))
+	last := eventuallyRotated(t, a, b, psk.Fingerprint{})
+	a.destroyDevice()
+	a.towards(b, 10*time.Second, "nothing to protect", func(p control.PeerStatus) error {
+		if p.State != control.PeerMissing || p.Protected {
+			return fmt.Errorf("%s, protected %t", p.State, p.Protected)
+		}
+		return nil
+	})
+	a.createDevice()
+	a.addPeer(b)
+	agree(t, a, b)
+	rotateAgain(t, b, a, last)
+	a.ping(b).stop().mustBeComplete(t)
 }
 
 // mustForget fails the test if anything of a rotator is left but its lock.
