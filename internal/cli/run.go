@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -69,7 +70,8 @@ func (d *dirs) runDetached(ctx context.Context, path string) error {
 			if log, err = logfile.Open(logfile.Path(d.log, iface), logfile.Size); err != nil {
 				return nil, err
 			}
-			return log, log.TakeOutput()
+			err = log.TakeOutput()
+			return log, err
 		},
 		dropped: func() uint64 { return log.Dropped() },
 		ready:   func() { isReady = true; starter.Ready() },
@@ -107,7 +109,7 @@ func (d *dirs) runRotator(ctx context.Context, path string, r rotator) (err erro
 	if err != nil {
 		return err
 	}
-	defer lock.Release()
+	defer func() { _ = lock.Release() }()
 	entry, err := newEntry(c.Interface, path)
 	if err != nil {
 		return err
@@ -163,7 +165,7 @@ func (d *dirs) runRotator(ctx context.Context, path string, r rotator) (err erro
 // takeLock claims the interface for this process.
 func takeLock(runDir, iface string) (*registry.Lock, error) {
 	lock, err := registry.TakeLock(runDir, iface)
-	if err == registry.ErrLocked {
+	if errors.Is(err, registry.ErrLocked) {
 		return nil, errRunning(iface)
 	}
 	return lock, err

@@ -3,6 +3,7 @@ package cli
 import (
 	"bytes"
 	"context"
+	"errors"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -91,7 +92,7 @@ func repeat(ctx context.Context, show func(context.Context) error) error {
 	tick := time.NewTicker(watchInterval)
 	defer tick.Stop()
 	for {
-		if err := show(ctx); err != nil && err != errDegraded && ctx.Err() == nil {
+		if err := show(ctx); err != nil && !errors.Is(err, errDegraded) && ctx.Err() == nil {
 			return err
 		}
 		select {

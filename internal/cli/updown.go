@@ -65,7 +65,7 @@ func (d *dirs) up(ctx context.Context, arg string) (iface string, err error) {
 	if err != nil {
 		return "", err
 	}
-	lock.Release()
+	_ = lock.Release()
 	logPath := logfile.Path(d.log, c.Interface)
 	output, err := logfile.Append(logPath)
 	if err != nil {
@@ -140,7 +140,7 @@ func (d *dirs) gone(e registry.Entry) bool {
 	if err != nil {
 		return !errors.Is(err, registry.ErrLocked)
 	}
-	lock.Release()
+	_ = lock.Release()
 	return !e.Process.Alive()
 }
 
@@ -184,7 +184,7 @@ func (d *dirs) forget(e registry.Entry) error {
 	if err != nil {
 		return err
 	}
-	defer lock.Release()
+	defer func() { _ = lock.Release() }()
 	log := logfile.Path(d.log, e.Interface)
 	files := []string{
 		control.SocketPath(d.run, e.Interface),
