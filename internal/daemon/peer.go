@@ -368,7 +368,7 @@ func (p *peer) dial(ctx context.Context) {
 		}
 		select {
 		case <-ctx.Done():
-		case <-time.After(redialAfter/2 + rand.N(redialAfter/2)):
+		case <-time.After(redialAfter/2 + rand.N(redialAfter/2)): //nolint:gosec // jitter is no secret
 		}
 	}
 }
@@ -395,7 +395,8 @@ func (p *peer) accepted(ctx context.Context, c *link.Conn) {
 
 // conflict answers a peer that takes itself for the client as well.
 func (p *peer) conflict(ctx context.Context, c *link.Conn) {
-	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
+	stop := context.AfterFunc(ctx, func() { _ = c.Close() })
+	defer stop()
 	defer c.Close()
 	c.SetSilence(dialTimeout)
 	b, err := c.Receive()
