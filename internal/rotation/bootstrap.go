@@ -145,8 +145,12 @@ func (g *KeyGenerator) agreed(differences []wire.Difference, boot wire.BootID, p
 
 func (g *KeyGenerator) refuse(differences []wire.Difference) {
 	t := g.tunnel
+	known := slices.Equal(t.differences, differences) // on an earlier link
 	t.accepted, t.differences = false, differences
 	t.changed = true
+	if known {
+		return
+	}
 	g.note(NoteRefused, none, DescribeDifferences(t.config.Role, differences))
 }
 
@@ -156,7 +160,7 @@ func (g *KeyGenerator) otherVersion(version uint16) {
 	own := g.parameters()
 	client, server := roles(t.config.Role, fmt.Sprint(own.Version), fmt.Sprint(version))
 	differences := []wire.Difference{{Field: "version", Client: client, Server: server}}
-	if t.config.Role == Server && t.differences == nil {
+	if t.config.Role == Server {
 		g.send(&wire.Ack{Boot: t.config.Boot, Parameters: own, Differences: differences})
 	}
 	g.boot.answered = true
@@ -166,7 +170,7 @@ func (g *KeyGenerator) otherVersion(version uint16) {
 // strange is B5: the client starts the bootstrap again where the server keeps
 // speaking of another session.
 func (g *KeyGenerator) strange() {
-	if g.tunnel.config.Role == Client && g.boot.answered && g.now.After(g.boot.due.Add(initPatience)) {
+	if g.tunnel.config.Role == Client && g.boot.answered && !g.now.Before(g.boot.due) {
 		g.sendInit()
 	}
 }
@@ -211,7 +215,9 @@ func Compare(client, server *wire.Parameters) []wire.Difference {
 	differ("combiner", psk.Combiner(client.Combiner).String(), psk.Combiner(server.Combiner).String())
 	differ("buffer", fmt.Sprint(client.Buffer), fmt.Sprint(server.Buffer))
 	differ("window", client.Window.String(), server.Window.String())
-	differ("fallback", client.Initial.String(), server.Initial.String())
+	if client.Initial != server.Initial {
+		all = append(all, wire.Difference{Field: "fallback", Client: client.Initial.String(), Server: server.Initial.String()})
+	}
 	return all
 }
 

@@ -45,10 +45,11 @@ func (s *KeyRotationScheduler) mode(opening bool) (wire.Mode, bool) {
 		return wire.ModeIdle, true
 	}
 	if s.idle() {
-		// C6: one commit for each lost session; an idle tunnel's key is
-		// renewed at half of its greatest age.
-		half := in == nil || in.found() && !s.idleUsed || !in.found() && s.due(in.since.Add(s.tunnel.config.MaxKeyAge/2))
-		return wire.ModeIdle, !s.idleUsed || s.rotate || half
+		// C6: the PSK found is replaced at once, so that a new tunnel's first
+		// session is protected already; a key of ours is renewed at half of
+		// its greatest age. More would only burn keys: each commit's probe
+		// makes a session that is lost again.
+		return wire.ModeIdle, s.rotate || in == nil || in.found() || s.due(in.since.Add(s.tunnel.config.MaxKeyAge/2))
 	}
 	// C2: the key before must be confirmed, and the handshake unused.
 	if s.used || in != nil && !in.found() && !in.confirmed {
@@ -68,7 +69,7 @@ func (s *KeyRotationScheduler) inWindow() bool {
 // degraded says that the ends have met on the PSK found at the first start
 // although verified keys were in use (S3): go on to one at once.
 func (s *KeyRotationScheduler) degraded() bool {
-	return s.installed != nil && s.installed.found() && s.verifiedOnce
+	return s.installed != nil && s.installed.found() && (s.verifiedOnce || s.peer != nil && s.peer.Confirmed > 0)
 }
 
 // next is C1: the lowest key above the installed one: a committed one that is
@@ -319,13 +320,22 @@ func (s *KeyRotationScheduler) succeeded(op *operation) {
 	s.used, s.rotate = true, false
 	s.notBefore = time.Time{}
 	if op.mode == wire.ModeIdle {
-		s.idleUsed = true
-		s.probeAt = s.now.Add(ProbeAfter) // C6
+		s.probeAt = s.now.Add(s.probeAfter()) // C6
 	}
 	s.rotations++
 	s.lastRotation = s.wall()
 	s.note(NoteInstalled, op.record.name(), op.mode.String())
 	s.save()
+}
+
+// probeAfter is C6: not before 2.5 s, or message 1 overtakes the other end's set,
+// and an earlier handshake would not count as seen. The server waits longer, for
+// two probes at once would collide, and its own is dropped if a handshake comes.
+func (s *KeyRotationScheduler) probeAfter() time.Duration {
+	if s.tunnel.config.Role == Server {
+		return LateProbe
+	}
+	return ProbeAfter
 }
 
 // committed is C4 at the client: the server has set the key, now this end does.

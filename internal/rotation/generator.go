@@ -345,22 +345,22 @@ func (g *KeyGenerator) propose(m *wire.Propose) {
 	r := &round{serial: m.Serial, since: g.now, sources: m.Sources, keyID: m.KeyID, propose: m}
 	switch {
 	case !t.accepted:
-		g.turnDown(r, "the bootstrap was refused")
+		g.refuseRound(r, "the bootstrap was refused")
 		return
 	case m.Serial <= t.high:
-		g.turnDown(r, fmt.Sprintf("serial is not above %d", t.high))
+		g.refuseRound(r, fmt.Sprintf("serial is not above %d", t.high))
 		return
 	case m.Serial > maxHigh:
-		g.turnDown(r, "serial is too high")
+		g.refuseRound(r, "serial is too high")
 		return
 	case !g.enough(m.Sources):
-		g.turnDown(r, fmt.Sprintf("sources %v are not what the policy requires", m.Sources))
+		g.refuseRound(r, fmt.Sprintf("sources %v are not what the policy requires", m.Sources))
 		return
 	case len(g.rounds) >= 2*maxRounds:
-		g.turnDown(r, "too many rounds are under way")
+		g.refuseRound(r, "too many rounds are under way")
 		return
 	case m.Sources.QKD() && g.metIDs.has(m.KeyID):
-		g.turnDown(r, fmt.Sprintf("key id %q was met before", m.KeyID))
+		g.refuseRound(r, fmt.Sprintf("key id %q was met before", m.KeyID))
 		return
 	}
 	t.raise(m.Serial)
@@ -600,6 +600,12 @@ func (g *KeyGenerator) abandon(r *round, reason string) {
 		g.turnDown(r, reason)
 	}
 	g.fail(r, reason)
+}
+
+// refuseRound turns a proposal down and says so here as well.
+func (g *KeyGenerator) refuseRound(r *round, reason string) {
+	g.turnDown(r, reason)
+	g.note(NoteAbandoned, wire.Named{Serial: r.serial}, reason)
 }
 
 func (g *KeyGenerator) turnDown(r *round, reason string) {

@@ -13,7 +13,7 @@ import (
 func (s *KeyRotationScheduler) hunt() {
 	if !s.huntDue() {
 		if s.hunting {
-			s.endHunt("the link is back")
+			s.endHunt("no longer needed")
 		}
 		return
 	}
@@ -29,7 +29,7 @@ func (s *KeyRotationScheduler) hunt() {
 		s.stepAt = s.now.Add(s.dwell())
 		s.pollBefore = time.Time{}
 		s.huntProbe = s.now
-		s.note(NoteHunting, none, fmt.Sprintf("handshakes fail; %d keys may be installed at the other end", len(candidates)))
+		s.note(NoteHunting, none, fmt.Sprintf("no handshake succeeds; candidates for the key of the other end: %d", len(candidates)))
 	}
 	if s.due(s.stepAt) {
 		s.step(candidates)
@@ -74,7 +74,7 @@ func (s *KeyRotationScheduler) huntDue() bool {
 		return s.due(s.differsSince.Add(HuntRepair)) && !s.differsSince.IsZero()
 	}
 	old := !s.alive || s.now.Sub(s.handshakeAt) >= RekeyAfter
-	return old && !s.trying[0].IsZero() && s.trying[1].Sub(s.trying[0]) >= HuntEvidence
+	return old && s.trying[1].Sub(s.trying[0]) >= HuntEvidence || s.unheard[1].Sub(s.unheard[0]) >= DeadAfter
 }
 
 func (s *KeyRotationScheduler) dwell() time.Duration {

@@ -60,8 +60,11 @@ func (s *KeyRotationScheduler) handshake(previous, o Observed) {
 		return
 	}
 	s.alive, s.handshakeAt = true, s.now
-	s.used, s.idleUsed = false, false
-	s.trying = [2]time.Time{}
+	s.used = false
+	s.trying, s.unheard = [2]time.Time{}, [2]time.Time{}
+	if s.probeAt.After(s.now) {
+		s.probeAt = time.Time{} // the other end's was faster
+	}
 	if s.hunting {
 		s.endHunt("a handshake came")
 	}
@@ -87,16 +90,29 @@ func (s *KeyRotationScheduler) setInProgress() bool { return s.op != nil && s.op
 // watch collects the signs of handshakes that are tried without success (H1):
 // bytes move although the session is older than its rekeying.
 func (s *KeyRotationScheduler) watch(previous, o Observed) {
+	// A session can be dead while it is young: the other end was made anew.
+	// It then sends initiations, of 148 bytes each, and nothing else; a living
+	// one answers data within 10 s, with a keepalive at the least.
+	const initiation = 148
+	if (o.Rx-previous.Rx)%initiation != 0 {
+		s.unheard = [2]time.Time{}
+	} else if o.Tx != previous.Tx {
+		s.mark(&s.unheard)
+	}
 	if s.alive && s.now.Sub(s.handshakeAt) < RekeyAfter {
 		return
 	}
-	if o.Rx == previous.Rx && o.Tx == previous.Tx {
-		return
+	if o.Rx != previous.Rx || o.Tx != previous.Tx {
+		s.mark(&s.trying)
 	}
-	if s.trying[0].IsZero() {
-		s.trying[0] = s.now
+}
+
+// mark notes the first and the last sign of something.
+func (s *KeyRotationScheduler) mark(signs *[2]time.Time) {
+	if signs[0].IsZero() {
+		signs[0] = s.now
 	}
-	s.trying[1] = s.now
+	signs[1] = s.now
 }
 
 // idle says that there is no live session: none ever, or none for 180 s.

@@ -96,7 +96,7 @@ func (t *Tunnel) candidates(usable func(*record) bool) []*record {
 	if base != nil {
 		room--
 	}
-	if found != nil && found != base && t.config.Fallback && !found.print.IsZero() {
+	if found != nil && found != base && (t.config.Fallback && !found.print.IsZero() || t.lastConfirmed() == nil) {
 		room--
 	} else {
 		found = nil

@@ -64,25 +64,26 @@ func (r Require) String() string {
 const (
 	MinAge        = 300 * time.Millisecond  // C2: age of a handshake before a commit
 	SeenAfter     = 2 * time.Second         // C5: from an install to a handshake that counts
-	ProbeAfter    = 2500 * time.Millisecond // C6: from an install to its probe
+	ProbeAfter    = 2500 * time.Millisecond // C6: from an install to the client's probe
+	LateProbe     = 4 * time.Second         // C6: to the server's, if no handshake came
 	SessionLife   = 180 * time.Second       // WireGuard's REJECT_AFTER_TIME
 	RekeyAfter    = 120 * time.Second       // WireGuard's REKEY_AFTER_TIME
 	HuntEvidence  = 10 * time.Second        // H1: two retries of 5 s: the third attempt has begun
+	DeadAfter     = 25 * time.Second        // H1: of sending unheard: WireGuard's 15 s and two retries
 	HuntRepair    = 30 * time.Second        // H1: repair without success
 	ClientDwell   = 12 * time.Second        // H3
 	ServerDwell   = 40 * time.Second        // H3
 	HuntProbe     = 10 * time.Second        // H5
 	MaxCandidates = 3                       // H2
 
-	initRetry    = 3 * time.Second        // B1: an unanswered Init
-	initPatience = 4 * time.Second        // B5: messages of another session
+	initRetry    = 3 * time.Second        // B1: an unanswered Init; B5: messages of another session
 	commitRetry  = 2 * time.Second        // C2: an unanswered commit
 	notYetRetry  = 300 * time.Millisecond // C3: a commit refused as "not yet"
 	repairRetry  = time.Second            // R2: a refused repair
 	setRetry     = 2 * time.Second        // a journal or a WireGuard that failed
 	restoreReset = 10 * time.Minute       // foreign changes further apart are not recurring
 	restoreMax   = time.Minute            // longest backoff against a recurring foreign change
-	roundTimeout = 15 * time.Second       // E1 to E6
+	roundTimeout = 10 * time.Second       // E1 to E6
 	roundBackoff = 500 * time.Millisecond // after the first failed round, doubled up to:
 	roundMaxWait = 5 * time.Second
 	silentBeats  = 4 // L5: heartbeats that may be missing

@@ -29,8 +29,8 @@ type KeyRotationScheduler struct {
 	handshakeAt time.Time
 	alive       bool         // handshakeAt is known
 	used        bool         // a key was committed on this handshake
-	idleUsed    bool         // a key was committed on this lost session
 	trying      [2]time.Time // first and last sign of handshake attempts since the session grew old
+	unheard     [2]time.Time // first and last sign of sending while nothing but handshakes is heard
 
 	// What is set.
 	installed *record // nil: nothing of ours, or blocked
@@ -51,6 +51,7 @@ type KeyRotationScheduler struct {
 	// The peer.
 	session   wire.SessionID
 	peer      *wire.Report // its newest, of this session
+	early     *wire.Report // of a session that the KeyGenerator has not adopted yet
 	peerSeq   uint64
 	seq       uint64
 	heard     time.Time
@@ -127,6 +128,9 @@ func NewKeyRotationScheduler(t *Tunnel) *KeyRotationScheduler {
 func (s *KeyRotationScheduler) Step(now time.Time, e Event) []Effect {
 	s.now, s.out, s.wake = now, nil, time.Time{}
 	s.tunnel.changed = false
+	if s.tunnel.session != s.session {
+		s.newSession()
+	}
 	switch e := e.(type) {
 	case LinkUp:
 		s.linkDown()
@@ -215,6 +219,10 @@ func (s *KeyRotationScheduler) newSession() {
 	if t.session != (wire.SessionID{}) && t.pulled != nil && !contains(t.peerHeld, t.pulled.name()) {
 		s.dropPulled("the peer does not hold it")
 	}
+	if m := s.early; m != nil && m.Session == s.session && s.session != (wire.SessionID{}) {
+		s.early, s.heard = nil, s.now
+		s.reported(m)
+	}
 }
 
 func (s *KeyRotationScheduler) linkDown() {
@@ -268,10 +276,12 @@ func (s *KeyRotationScheduler) report() {
 func (s *KeyRotationScheduler) receive(m wire.Message) {
 	switch m := m.(type) {
 	case *wire.Report:
-		if m.Session == s.tunnel.session && s.session == m.Session {
-			s.heard = s.now
-			s.reported(m)
+		if m.Session != s.session {
+			s.early = m
+			break
 		}
+		s.heard = s.now
+		s.reported(m)
 	case *wire.Commit:
 		if m.Session == s.tunnel.session && s.tunnel.config.Role == Server {
 			s.heard = s.now

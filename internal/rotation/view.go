@@ -65,7 +65,7 @@ func (s *KeyRotationScheduler) View() View {
 	}
 	if in := s.installed; in != nil {
 		v.Installed, v.Since, v.Sources, v.Found = in.name(), in.wall, in.sources, in.found()
-		v.Protected = !in.found() && !s.stale && s.confirmed != 0 && !s.hunting
+		v.Protected = !in.found() && !s.stale && s.confirmed != 0 && !s.hunting && s.absent < 2 && s.matches(s.lastPrint)
 	}
 	v.State = s.state()
 	return v
@@ -80,7 +80,7 @@ func (s *KeyRotationScheduler) state() State {
 		return StateBlocked
 	case s.hunting:
 		return StateHunting
-	case !s.differsSince.IsZero():
+	case !s.differsSince.IsZero() && s.now.Sub(s.differsSince) > s.tunnel.config.Heartbeat:
 		return StateRepairing
 	case s.stale:
 		return StateStale
