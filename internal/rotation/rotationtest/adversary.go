@@ -102,8 +102,7 @@ func (w *World) Strike(a Act) {
 		flag(&w.Tunnel.Cut)
 		flag(&w.Link.Cut)
 	case Lossy:
-		w.Link.Lose = 2
-		end(func() { w.Link.Lose = 0; w.Link.drop(w) })
+		oneIn(&w.Link.Lose, 2)
 	case Twofold:
 		oneIn(&w.Link.Twice, 2)
 	case Overtaken:
@@ -152,9 +151,6 @@ func (w *World) Strike(a Act) {
 func (w *World) Calm() {
 	w.trace("CALM")
 	w.calms++
-	if w.Link.Lose > 0 {
-		w.Link.drop(w)
-	}
 	w.Link.Cut, w.Link.Lose, w.Link.Twice, w.Link.Late = false, 0, 0, 0
 	w.Tunnel.Cut, w.Tunnel.Loss = false, 0
 	w.KMS.Down, w.KMS.Wrong, w.KMS.Zero, w.KMS.Reuse, w.KMS.Delay = [2]bool{}, false, false, false, 0

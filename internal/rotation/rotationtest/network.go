@@ -21,6 +21,7 @@ type Link struct {
 	number  int          // of the connection
 	waiting [2][]sent    // in Manual: for each end
 	busy    [2]time.Time // keeps the order of each direction
+	holed   int          // number of a connection that lost a message
 }
 
 type sent struct {
@@ -51,6 +52,7 @@ func (l *Link) send(w *World, from int, m wire.Message) {
 		return
 	}
 	if w.draw(l.Lose) {
+		l.holed = l.number
 		return
 	}
 	times := 1
@@ -69,7 +71,11 @@ func (l *Link) send(w *World, from int, m wire.Message) {
 		}
 		number := l.number
 		w.after(at.Sub(w.Now), func() {
-			if l.number == number && l.up[to] && w.linkWorks() {
+			switch {
+			case l.number != number || !l.up[to]:
+			case !w.linkWorks():
+				l.holed = number
+			default:
 				w.Ends[to].receive(m)
 			}
 		})
@@ -194,6 +200,15 @@ func (l *Link) close(w *World, by int) {
 	w.after(0, down(by))
 	if to := 1 - by; w.linkWorks() && l.up[to] {
 		w.after(l.delay, down(to))
+	}
+}
+
+// heal is TCP's promise: a connection that has lost a message does not go on
+// without it. The world lets it, for as long as the fault lasts.
+func (l *Link) heal(w *World) {
+	if l.holed == l.number && l.Lose == 0 && w.linkWorks() {
+		l.holed = 0
+		l.drop(w)
 	}
 }
 

@@ -99,6 +99,7 @@ func New(o Options) *World {
 	if !o.Idle {
 		w.every(time.Second, func() { w.traffic() })
 	}
+	w.every(500*time.Millisecond, func() { w.Link.heal(w) })
 	w.every(time.Second, w.checkApart)
 	w.Ends[Server].Start()
 	w.Ends[Client].Start()
