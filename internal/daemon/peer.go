@@ -67,7 +67,6 @@ type inbox struct {
 type item struct {
 	event rotation.Event
 	conn  *link.Conn
-	taken chan<- struct{} // closed when the machine is done with it; nil: nobody waits
 }
 
 const inboxSize = 16
@@ -88,20 +87,6 @@ func (b *inbox) put(e rotation.Event, c *link.Conn) {
 func (b *inbox) deliver(ctx context.Context, e rotation.Event, c *link.Conn) {
 	select {
 	case b.events <- item{event: e, conn: c}:
-	case <-ctx.Done():
-	}
-}
-
-// deliverAndWait adds an event and waits until the machine is done with it.
-func (b *inbox) deliverAndWait(ctx context.Context, e rotation.Event, c *link.Conn) {
-	taken := make(chan struct{})
-	select {
-	case b.events <- item{event: e, conn: c, taken: taken}:
-	case <-ctx.Done():
-		return
-	}
-	select {
-	case <-taken:
 	case <-ctx.Done():
 	}
 }
@@ -194,9 +179,6 @@ func (p *peer) drive(ctx context.Context, m machine, in *inbox, observations <-c
 		if current {
 			p.step(m, next.event, conn, fetches)
 			p.rearm(timer, m)
-		}
-		if next.taken != nil {
-			close(next.taken)
 		}
 	}
 }
@@ -467,11 +449,6 @@ func (p *peer) receive(ctx context.Context, c *link.Conn) error {
 		switch m.(type) {
 		case *wire.Commit, *wire.Committed, *wire.Refused, *wire.Bye:
 			p.sched.deliver(ctx, e, c)
-		case *wire.Init, *wire.Ack:
-			// What follows is of the session that this opens: a scheduler that
-			// did not know of it would miss the peer's first report.
-			p.gen.deliverAndWait(ctx, e, c)
-			p.sched.deliver(ctx, rotation.Tick{}, nil)
 		case *wire.Report:
 			p.gen.deliver(ctx, e, c)
 			p.sched.deliver(ctx, e, c)
