@@ -57,7 +57,7 @@ func TestPair(t *testing.T) {
 			switch {
 			case !p.Protected || p.State != control.PeerProtected || p.Link.State != control.LinkUp || p.Link.Inside:
 				return fmt.Errorf("%s, protected %t, link %+v", p.State, p.Protected, p.Link)
-			case p.KMS == nil || p.KMS.State != control.KMSOK || len(p.Warnings) != 0 || p.Buffer.Len != p.Buffer.Cap:
+			case p.KMS == nil || p.KMS.State != control.KMSOK || len(p.Warnings) != 0 || p.Buffer.Len != 3 || p.Buffer.Cap != 3:
 				return fmt.Errorf("kms %+v, warnings %v, buffer %v", p.KMS, p.Warnings, p.Buffer)
 			case p.Installed == nil || strings.Join(p.Installed.Sources, "+") != "QKD+ML-KEM-1024":
 				return fmt.Errorf("installed %+v", p.Installed)
@@ -164,7 +164,7 @@ func TestHub(t *testing.T) {
 }
 
 // TestFirstSession: a tunnel without any session gets its first one by the
-// rotators alone, under a verified key, and rotates from there.
+// rotators alone, under a verified key, and traffic flows in it at once.
 func TestFirstSession(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -180,10 +180,13 @@ func TestFirstSession(t *testing.T) {
 			return nil
 		})
 	}
+	pings := a.ping(b)
 	last := agree(t, a, b)
 	letCount(t)
 	b.handshake(a)
 	eventuallyRotated(t, a, b, last)
+	pings.stop().mustBeComplete(t)
+	mustNotFail(t, a, b)
 }
 
 // TestInside: the rotators talk inside the tunnel that they rotate.

@@ -30,12 +30,12 @@ func TestLife(t *testing.T) {
 	connect(a, b)
 	a.handshake(b)
 	pings := b.ping(a)
-	conf := a.write(nil, b.as().with(settings{"role": "client"}))
-	a.keyturn("up", conf)
+	confA := a.write(nil, b.as().with(settings{"role": "client"}))
+	a.keyturn("up", confA)
 	b.keyturn("up", b.write(nil, a.as().with(settings{"role": "server", "address": nil})))
 	eventuallyRotated(t, a, b, psk.Fingerprint{})
 
-	if r := a.try("up", conf); r.code != 1 || !strings.Contains(r.stderr, "already") {
+	if r := a.try("up", confA); r.code != 1 || !strings.Contains(r.stderr, "already") {
 		t.Errorf("up of what is up: exit %d\n%s", r.code, r.stderr)
 	}
 	a.keyturn("down", wg0)
@@ -83,7 +83,7 @@ func TestLife(t *testing.T) {
 	a.handshake(b)
 	mustHold(t, a, b, last)
 	// Without its journal it begins anew, and is in step again.
-	a.keyturn("up", conf)
+	a.keyturn("up", confA)
 	rotateAgain(t, a, b, last)
 
 	pings.stop().mustBeComplete(t)
