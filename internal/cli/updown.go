@@ -213,8 +213,9 @@ func newRotate(d *dirs) *cobra.Command {
 		Long: `Ask the rotator of INTERFACE for the next key of PEER, or of all peers, at the
 next window: within seconds after the tunnel's next handshake, which under
 traffic comes about every two minutes. rotate does not wait for that; see
-"keyturn status". A key is never set outside the window, also not by this
-command: that is what keeps a rotation from losing packets.`,
+"keyturn status". While a session lives a key is never set outside the window,
+also not by this command: that is what keeps a rotation from losing packets. A
+tunnel without a live session gets the next key at once, and is probed.`,
 		Args:              exactly("INTERFACE", "[PEER]"),
 		ValidArgsFunction: d.interfaces,
 		RunE: func(cmd *cobra.Command, args []string) error {

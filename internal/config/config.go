@@ -88,8 +88,9 @@ type Config struct {
 
 // Journal says where a persistent journal lies.
 type Journal struct {
-	// Path is the journal's file. It is created when it is missing; its
-	// directory must exist and be writable. Required.
+	// Path is the journal's directory, with one file for each peer. It is
+	// made when it is missing, mode 0700; the directory above it must exist
+	// and be writable. Required.
 	Path string
 
 	// KeyFile is the path of the secret that encrypts the journal, as

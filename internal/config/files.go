@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -14,9 +15,9 @@ import (
 type purpose int
 
 const (
-	readable purpose = iota // there, and for anybody to read
-	secret                  // there, and for its owner only
-	created                 // made when it is missing; its directory is there
+	readable  purpose = iota // there, and for anybody to read
+	secret                   // there, and for its owner only
+	directory                // made when it is missing; the one above it is there
 )
 
 // file is a path that the configuration names.
@@ -65,7 +66,7 @@ func (c *Config) checkFiles() Problems {
 	for _, f := range c.files {
 		if err := f.check(); err != nil {
 			hint := ""
-			if e, ok := err.(*badValue); ok {
+			if e, ok := errors.AsType[*badValue](err); ok {
 				hint = e.hint
 			}
 			ps.add(f.at, hint, "%s: %s", f.key, err)
@@ -76,7 +77,7 @@ func (c *Config) checkFiles() Problems {
 
 func (f file) check() error {
 	name := quote(f.given)
-	if f.purpose == created {
+	if f.purpose == directory {
 		if i, err := os.Stat(filepath.Dir(f.path)); err != nil || !i.IsDir() {
 			return bad("make it: mkdir -m 0700 "+filepath.Dir(f.path), "the directory of %s does not exist", name)
 		}
@@ -84,17 +85,23 @@ func (f file) check() error {
 	// Stat follows links: what counts is the file that is opened in the end.
 	i, err := os.Stat(f.path)
 	switch {
-	case os.IsNotExist(err) && f.purpose == created:
+	case os.IsNotExist(err) && f.purpose == directory:
 		return nil
 	case os.IsNotExist(err):
 		return bad("keyturn looks for "+f.path, "no such file: %s", name)
 	case err != nil:
 		return fmt.Errorf("%s: %w", name, cause(err))
+	case f.purpose == directory && !i.IsDir():
+		return fmt.Errorf("%s is not a directory", name)
+	case f.purpose == directory && i.Mode().Perm()&0o077 != 0:
+		return bad("chmod 700 "+f.path, "others have access to the directory %s (mode %#o)", name, i.Mode().Perm())
+	case f.purpose == directory:
+		return nil
 	case i.IsDir():
 		return fmt.Errorf("%s is a directory, not a file", name)
 	case !i.Mode().IsRegular():
 		return fmt.Errorf("%s is not a regular file", name)
-	case i.Size() == 0 && f.purpose != created:
+	case i.Size() == 0:
 		return fmt.Errorf("%s is empty", name)
 	case f.purpose == secret && i.Mode().Perm()&0o077 != 0:
 		return bad("chmod 600 "+f.path, "others have access to the secret %s (mode %#o)", name, i.Mode().Perm())

@@ -95,8 +95,17 @@ func TestCheckFiles(t *testing.T) {
 		}, `DIR/wg0.yaml:4:9: path: the directory of "state/journal" does not exist
     4 |   path: state/journal
       hint: make it: mkdir -m 0700 DIR/state`},
-		{"a directory for a journal", func(_ *testing.T, dir string) error { return os.Mkdir(filepath.Join(dir, "journal"), 0o700) },
-			`DIR/wg0.yaml:4:9: path: "journal" is a directory, not a file
+		{"the journal of an earlier start", func(_ *testing.T, dir string) error {
+			return os.Mkdir(filepath.Join(dir, "journal"), 0o700)
+		}, ""},
+		{"a journal that others can read", func(_ *testing.T, dir string) error {
+			return errors.Join(os.Mkdir(filepath.Join(dir, "journal"), 0o700), os.Chmod(filepath.Join(dir, "journal"), 0o755))
+		}, `DIR/wg0.yaml:4:9: path: others have access to the directory "journal" (mode 0755)
+    4 |   path: journal
+      hint: chmod 700 DIR/journal`},
+		{"a file for a journal", func(_ *testing.T, dir string) error {
+			return os.WriteFile(filepath.Join(dir, "journal"), nil, 0o600)
+		}, `DIR/wg0.yaml:4:9: path: "journal" is not a directory
     4 |   path: journal`},
 		{"bad values and missing files at once", func(_ *testing.T, dir string) error {
 			return errors.Join(os.Remove(filepath.Join(dir, "sae.crt")),

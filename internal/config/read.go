@@ -114,7 +114,7 @@ func (r *reader) root(n *yaml.Node) {
 func (r *reader) journal(key, n *yaml.Node) bool {
 	j := &Journal{}
 	b := r.block(key.Value, place(key), n, []field{
-		{"path", pathTo(&j.Path, created), "the file that keyturn keeps the journal in"},
+		{"path", pathTo(&j.Path, directory), "the directory that keyturn keeps the journal in"},
 		{"key_file", pathTo(&j.KeyFile, secret), "the path of a secret that keyturn genkey wrote"},
 	})
 	r.config.Journal = j

@@ -153,7 +153,9 @@ func (s *Server) Serve(ctx context.Context, h Handler) error {
 	if srv.Shutdown(grace) != nil {
 		srv.Close()
 	}
-	<-served
+	if err := <-served; !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("control socket: %w", err)
+	}
 	return nil
 }
 

@@ -74,15 +74,15 @@ func Start(ctx context.Context, args []string, output *os.File) error {
 	report, err := io.ReadAll(io.LimitReader(r, maxReason))
 	switch {
 	case err != nil && ctx.Err() != nil:
-		end(cmd.Process, ended)
+		_ = end(cmd.Process, ended)
 		return context.Cause(ctx)
 	case err != nil:
-		end(cmd.Process, ended)
+		_ = end(cmd.Process, ended)
 		return fmt.Errorf("readiness pipe: %w", err)
 	case len(report) > 0 && report[0] == ready:
 		return nil
 	case len(report) > 0 && report[0] == notReady:
-		end(cmd.Process, ended)
+		_ = end(cmd.Process, ended)
 		return NotReady(report[1:])
 	}
 	if err := end(cmd.Process, ended); err != nil {

@@ -99,7 +99,7 @@ func ReadIdentityFile(path string) (*Identity, error) {
 	switch {
 	case err == nil:
 		return nil, fmt.Errorf("identity file %q is longer than %d bytes", path, maxIdentityFile)
-	case err != io.EOF && err != io.ErrUnexpectedEOF:
+	case !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF):
 		return nil, fmt.Errorf("read identity: %w", err)
 	}
 	id, err := ParseIdentity(string(buf[:n]))

@@ -95,7 +95,7 @@ func TestIdentityNeverPrints(t *testing.T) {
 	holder := struct {
 		Pointer *Identity
 		Value   Identity
-	}{id, *id} //nolint:govet // copied on purpose: the copy must not print either
+	}{id, *id} // copied on purpose: the copy must not print either
 	var out bytes.Buffer
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "%d", "%t"} {
 		fmt.Fprintf(&out, verb+" "+verb+" "+verb+"\n", id, holder, &holder)

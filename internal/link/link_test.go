@@ -163,7 +163,8 @@ func tlsClient(t *testing.T, addr string, id *Identity, edit func(*tls.Config)) 
 	config.VerifyConnection = nil
 	edit(config)
 	c := tls.Client(raw, config)
-	return c, c.Handshake()
+	err = c.Handshake()
+	return c, err
 }
 
 func wantIs(t *testing.T, err, want error) {

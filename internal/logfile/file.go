@@ -64,7 +64,7 @@ func Open(path string, max int64) (*File, error) {
 // missing, without bounding it: for the output of a daemon that has not come
 // to Open yet.
 func Append(path string) (*os.File, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
 		return nil, err
 	}
 	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o600)

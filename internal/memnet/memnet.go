@@ -148,9 +148,7 @@ func (s *stream) read(b []byte) (int, error) {
 			if left <= 0 {
 				return 0, os.ErrDeadlineExceeded
 			}
-			timer := time.NewTimer(left)
-			defer timer.Stop()
-			expired = timer.C
+			expired = time.After(left)
 		}
 		select {
 		case <-changed:

@@ -40,14 +40,6 @@ func (b *buffer) pull() *record {
 	return b.take(b.entries[0].name())
 }
 
-// newest returns the name of the highest serial.
-func (b *buffer) newest() (wire.Named, bool) {
-	if len(b.entries) == 0 {
-		return wire.Named{}, false
-	}
-	return b.entries[len(b.entries)-1].name(), true
-}
-
 // has reports whether the buffer holds a key.
 func (b *buffer) has(n wire.Named) bool {
 	return slices.ContainsFunc(b.entries, func(r *record) bool { return r.name() == n })

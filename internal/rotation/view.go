@@ -105,5 +105,5 @@ func (t *Tunnel) Candidates() []wire.Named {
 	return names
 }
 
-// Installed returns the fingerprint of the PSK in the newest dump.
+// InDevice returns the fingerprint of the PSK in the newest dump.
 func (s *KeyRotationScheduler) InDevice() psk.Fingerprint { return s.lastPrint }

@@ -160,7 +160,7 @@ func (e *End) Rotate() {
 // View returns the scheduler's state.
 func (e *End) View() rotation.View { return e.sched.View() }
 
-// Generator returns the generator's state.
+// Health returns the generator's state.
 func (e *End) Health() rotation.Health { return e.gen.Health() }
 
 func (e *End) wall() time.Time { return e.world.Now.Add(e.WallOffset) }

@@ -137,6 +137,9 @@ func (w *World) Swap(to int) bool {
 	return true
 }
 
+// Inject hands a message to an end as if it had come from the peer.
+func (w *World) Inject(to int, m wire.Message) { w.Ends[to].receive(m) }
+
 // Redial breaks the connection and makes a new one at once.
 func (w *World) Redial() {
 	w.Link.drop(w)
@@ -246,7 +249,6 @@ type device struct {
 	rx, tx   uint64
 	trying   int // attempt under way; zero: none
 	tried    time.Time
-	heardAt  time.Time
 	unheard  time.Time // first data sent since anything was heard
 	attempts uint64
 	pending  uint64 // attempt that message 2 may answer; zero: none, or overwritten by the peer's message 1

@@ -78,7 +78,7 @@ func New(o Options) *World {
 	w := &World{
 		Options: o,
 		Now:     time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC),
-		rng:     rand.New(rand.NewPCG(o.Seed, 1)),
+		rng:     rand.New(rand.NewPCG(o.Seed, 1)), //nolint:gosec // a simulation that can be repeated
 		random:  rand.NewChaCha8(seed),
 		confirm: map[wire.Named]int{},
 	}
