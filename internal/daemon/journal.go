@@ -24,7 +24,6 @@ import (
 	"keyturn/internal/psk"
 	"keyturn/internal/rotation"
 	"keyturn/internal/wg"
-	"keyturn/internal/wire"
 )
 
 // Store keeps the journals of a rotator's peers.
@@ -49,13 +48,13 @@ type files struct {
 }
 
 // The journal of a peer, before encryption: magic, high (u64), number of
-// entries (u8), and for each serial (u64), flags (u8), sources (u16), first
+// entries (u8), and for each serial (u64), flags (u8), first
 // installation (i64, nanoseconds of Unix time, 0 for none) and key (32).
 // Behind it stands the SHA-256 of all, or, encrypted, a nonce stands before
 // and the tag of XChaCha20-Poly1305 behind; the peer's public key is bound in.
 const (
 	magic       = "keyturn journal 1\n"
-	entrySize   = 8 + 1 + 2 + 8 + psk.Size
+	entrySize   = 8 + 1 + 8 + psk.Size
 	maxEntries  = 255
 	flagAgreed  = 1
 	flagSeen    = 2
@@ -252,7 +251,6 @@ func (f *files) encode(j *rotation.Journal, p wg.PublicKey) ([]byte, error) {
 		}
 		b = binary.BigEndian.AppendUint64(b, e.Serial)
 		b = append(b, flags)
-		b = binary.BigEndian.AppendUint16(b, uint16(e.Sources))
 		b = binary.BigEndian.AppendUint64(b, uint64(installed))
 		b = append(b, e.Key.Bytes()...)
 	}
@@ -309,17 +307,17 @@ func (f *files) decode(b []byte, p wg.PublicKey) (rotation.Journal, error) {
 	j.High = binary.BigEndian.Uint64(rest)
 	rest = rest[9:]
 	for ; len(rest) > 0; rest = rest[entrySize:] {
-		e := rotation.Entry{Serial: binary.BigEndian.Uint64(rest), Sources: wire.Sources(binary.BigEndian.Uint16(rest[9:]))}
+		e := rotation.Entry{Serial: binary.BigEndian.Uint64(rest)}
 		flags := rest[8]
 		if n := len(j.Entries); flags > 7 || n > 0 && e.Serial <= j.Entries[n-1].Serial {
 			j.Wipe()
 			return rotation.Journal{}, errFormat
 		}
 		e.Agreed, e.Seen, e.Confirmed = flags&flagAgreed != 0, flags&flagSeen != 0, flags&flagConfirm != 0
-		if ns := int64(binary.BigEndian.Uint64(rest[11:])); ns != 0 {
+		if ns := int64(binary.BigEndian.Uint64(rest[9:])); ns != 0 {
 			e.Installed = time.Unix(0, ns)
 		}
-		key, err := psk.New(rest[19:entrySize])
+		key, err := psk.New(rest[17:entrySize])
 		if err != nil {
 			return rotation.Journal{}, err
 		}

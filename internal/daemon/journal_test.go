@@ -30,8 +30,8 @@ func testKey(t testing.TB) *psk.Key {
 func sample(t testing.TB) rotation.Journal {
 	return rotation.Journal{High: 9, Entries: []rotation.Entry{
 		{Serial: 0, Key: testKey(t)},
-		{Serial: 7, Key: testKey(t), Sources: 3, Installed: time.Unix(1_800_000_000, 5), Agreed: true, Seen: true, Confirmed: true},
-		{Serial: 8, Key: testKey(t), Sources: 2, Agreed: true},
+		{Serial: 7, Key: testKey(t), Installed: time.Unix(1_800_000_000, 5), Agreed: true, Seen: true, Confirmed: true},
+		{Serial: 8, Key: testKey(t), Agreed: true},
 	}}
 }
 
@@ -42,7 +42,7 @@ func same(a, b rotation.Journal) bool {
 	}
 	for i, x := range a.Entries {
 		y := b.Entries[i]
-		if !x.Key.Equal(y.Key) || !x.Installed.Equal(y.Installed) || x.Serial != y.Serial || x.Sources != y.Sources ||
+		if !x.Key.Equal(y.Key) || !x.Installed.Equal(y.Installed) || x.Serial != y.Serial ||
 			x.Agreed != y.Agreed || x.Seen != y.Seen || x.Confirmed != y.Confirmed {
 			return false
 		}

@@ -52,6 +52,7 @@ type peer struct {
 	journalError string
 	deviceError  string
 	foreignAt    time.Time
+	lastFailure  failure
 	jumpedAt     time.Time
 }
 
@@ -459,6 +460,30 @@ func (p *peer) receive(ctx context.Context, c *link.Conn) error {
 	return ctx.Err()
 }
 
+// messages are what the log says of each kind of note; a note's own text is the
+// detail.
+var messages = map[rotation.NoteKind]string{
+	rotation.NoteBootstrapped: "bootstrapped with the peer",
+	rotation.NoteRefused:      "the ends are configured differently",
+	rotation.NoteEstablished:  "key established",
+	rotation.NoteAbandoned:    "key could not be established",
+	rotation.NoteReduced:      "key source left out",
+	rotation.NoteInstalled:    "key installed",
+	rotation.NoteConfirmed:    "key confirmed",
+	rotation.NoteDropped:      "key dropped",
+	rotation.NoteRepairing:    "repairing",
+	rotation.NoteHunting:      "hunting for the key of the other end",
+	rotation.NoteHuntEnded:    "hunt ended",
+	rotation.NoteForeign:      "pre-shared key changed by another program",
+	rotation.NoteMissing:      "peer is missing in WireGuard",
+	rotation.NotePresent:      "peer is back in WireGuard",
+	rotation.NoteStale:        "key is stale",
+	rotation.NoteBlocked:      "tunnel blocked",
+	rotation.NoteFailed:       "journal or WireGuard failed",
+	rotation.NoteSilent:       "peer's rotator is silent",
+	rotation.NoteGoodbye:      "peer's rotator says goodbye",
+}
+
 // levels are those of the notes that are not for information.
 var levels = map[rotation.NoteKind]slog.Level{
 	rotation.NoteEstablished: slog.LevelDebug,
@@ -487,11 +512,45 @@ func (p *peer) note(n rotation.Note) {
 		w(p.config.Name, n)
 	}
 	args := []any{"phase", n.Kind.String()}
+	if n.Kind == rotation.NoteAbandoned || n.Kind == rotation.NoteFailed {
+		repeated, again := p.again(n)
+		if again {
+			return
+		}
+		if repeated > 0 {
+			args = append(args, "repeated", repeated)
+		}
+	}
 	if n.Key.Serial != 0 {
 		args = append(args, "serial", n.Key.Serial)
 	}
 	if !n.Key.Fingerprint.IsZero() {
 		args = append(args, "key", n.Key.Fingerprint.String())
 	}
-	p.log.Log(context.Background(), levels[n.Kind], n.Text, args...)
+	if n.Text != "" {
+		args = append(args, "detail", n.Text)
+	}
+	p.log.Log(context.Background(), levels[n.Kind], messages[n.Kind], args...)
+}
+
+// again says whether a failure is the one that was logged a moment ago, and if
+// not, how often that one came back meanwhile: a KMS that is down for a night
+// must not fill the log.
+func (p *peer) again(n rotation.Note) (repeated int, again bool) {
+	p.connMu.Lock()
+	defer p.connMu.Unlock()
+	if l := &p.lastFailure; l.text == n.Text && time.Since(l.at) < repeatAfter {
+		l.repeated++
+		return 0, true
+	}
+	repeated = p.lastFailure.repeated
+	p.lastFailure = failure{text: n.Text, at: time.Now()}
+	return repeated, false
+}
+
+// failure is one that was logged.
+type failure struct {
+	text     string
+	at       time.Time
+	repeated int
 }

@@ -34,6 +34,7 @@ const (
 	dialTimeout   = 3 * time.Second
 	redialAfter   = 2 * time.Second // with jitter: half of it to all of it
 	goodbyeWait   = time.Second
+	repeatAfter   = 5 * time.Minute  // the same failure is logged again
 	rejectedEvery = 10 * time.Second // turned away connections are logged at most so often
 )
 

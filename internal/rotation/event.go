@@ -189,7 +189,6 @@ type Journal struct {
 type Entry struct {
 	Serial    uint64 // zero: the PSK found at the first start
 	Key       *psk.Key
-	Sources   wire.Sources
 	Installed time.Time // wall clock of its first installation; zero: never installed here
 	Agreed    bool      // both ends reported it installed
 	Seen      bool      // a later handshake was observed here

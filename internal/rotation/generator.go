@@ -164,7 +164,11 @@ func (g *KeyGenerator) wanting() int {
 	if t.config.Role != Client || !t.linked || !t.accepted {
 		return 0
 	}
-	return min(int(t.config.Parameters.Buffer)-len(t.buffer.entries), maxRounds) - len(g.rounds)
+	most := maxRounds
+	if g.failures > 0 {
+		most = 1 // until one succeeds again
+	}
+	return min(int(t.config.Parameters.Buffer)-len(t.buffer.entries), most) - len(g.rounds)
 }
 
 // fill is E1: the client starts rounds while its buffer is not full.

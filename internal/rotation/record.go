@@ -14,7 +14,7 @@ type record struct {
 	serial  uint64 // zero: the PSK found at the first start
 	key     *psk.Key
 	print   psk.Fingerprint
-	sources wire.Sources
+	sources wire.Sources // zero: of an earlier process, whose KEMs may have been others
 
 	since     time.Time // first installation, on the clock of now; zero: never
 	wall      time.Time // the same on the wall clock, for the journal
@@ -139,7 +139,7 @@ func (t *Tunnel) journal() Journal {
 	j := Journal{High: t.high}
 	for _, r := range t.records {
 		j.Entries = append(j.Entries, Entry{
-			Serial: r.serial, Key: r.key.Clone(), Sources: r.sources, Installed: r.wall,
+			Serial: r.serial, Key: r.key.Clone(), Installed: r.wall,
 			Agreed: r.agreed, Seen: r.seen, Confirmed: r.confirmed,
 		})
 	}
@@ -154,7 +154,7 @@ func (t *Tunnel) Restore(j Journal, now, wall time.Time) {
 	t.raise(j.High)
 	for _, e := range j.Entries {
 		r := &record{
-			serial: e.Serial, key: e.Key, print: e.Key.Fingerprint(), sources: e.Sources, wall: e.Installed,
+			serial: e.Serial, key: e.Key, print: e.Key.Fingerprint(), wall: e.Installed,
 			agreed: e.Agreed, seen: e.Seen, confirmed: e.Confirmed, journaled: true,
 		}
 		if !e.Installed.IsZero() {
