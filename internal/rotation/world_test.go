@@ -24,3 +24,21 @@ func TestCalm(t *testing.T) {
 	}
 	t.Log(w.Describe())
 }
+
+// A tunnel without traffic: the first key goes in at once, and the probes make
+// a handshake that confirms it; hours later it is renewed in the same way.
+func TestCalmIdle(t *testing.T) {
+	w := rotationtest.New(rotationtest.Options{Seed: 1, Idle: true})
+	w.Run(15 * time.Second)
+	if w.Confirmed() == 0 {
+		t.Errorf("no key was confirmed in 15 s: %s", w.Describe())
+	}
+	w.Run(24 * time.Hour)
+	if err := w.Err(); err != nil {
+		t.Fatal(err)
+	}
+	// A key of an hour is renewed at half of that.
+	if n := w.Confirmed(); n < 40 || n > 60 || w.Tunnel.Failed > 0 {
+		t.Errorf("%d keys confirmed in a day, %d handshakes failed: %s", n, w.Tunnel.Failed, w.Describe())
+	}
+}
