@@ -49,10 +49,10 @@ func (s *KeyRotationScheduler) mode(opening bool) (wire.Mode, bool) {
 		// session is protected already; a key of ours is renewed at half of
 		// its greatest age. More would only burn keys: each commit's probe
 		// makes a session that is lost again.
-		return wire.ModeIdle, s.rotate || in == nil || in.found() || s.due(in.since.Add(s.tunnel.config.MaxKeyAge/2))
+		return wire.ModeIdle, s.rotate || in == nil || in.found() || s.foundByPeer() || s.due(in.since.Add(s.tunnel.config.MaxKeyAge/2))
 	}
 	// C2: the key before must be confirmed, and the handshake unused.
-	if s.used || in != nil && !in.found() && !in.confirmed {
+	if s.used || in != nil && !in.found() && !in.confirmed && !s.foundByPeer() {
 		return 0, false
 	}
 	if !s.due(s.handshakeAt.Add(MinAge)) {
@@ -64,6 +64,12 @@ func (s *KeyRotationScheduler) mode(opening bool) (wire.Mode, bool) {
 // inWindow says whether the newest dump shows a handshake in the window.
 func (s *KeyRotationScheduler) inWindow() bool {
 	return s.alive && s.now.Sub(s.handshakeAt) <= s.tunnel.config.Parameters.Window
+}
+
+// foundByPeer says that the server lost its journal while the key stayed in its
+// WireGuard: to it the key is the PSK found, which never becomes confirmed.
+func (s *KeyRotationScheduler) foundByPeer() bool {
+	return s.installed != nil && s.peer != nil && s.peer.Installed == wire.Named{Fingerprint: s.installed.print}
 }
 
 // degraded says that the ends have met on the PSK found at the first start

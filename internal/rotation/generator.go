@@ -273,8 +273,9 @@ func (g *KeyGenerator) offer(r *round) bool {
 	return true
 }
 
-// uncommitted names the serials below s that the client holds without having
-// committed them, the pulled one and those under way included (E2).
+// uncommitted names the serials below s that the client holds, the pulled one
+// and those under way included (E2). It names the scheduler's keys as well: one
+// whose commit is not sent yet is in nobody else's list.
 func (g *KeyGenerator) uncommitted(s uint64) []uint64 {
 	var serials []uint64
 	t := g.tunnel
@@ -283,6 +284,11 @@ func (g *KeyGenerator) uncommitted(s uint64) []uint64 {
 	}
 	for _, n := range t.buffer.names() {
 		serials = append(serials, n.Serial)
+	}
+	for _, r := range t.records {
+		if !r.found() {
+			serials = append(serials, r.serial)
+		}
 	}
 	for _, r := range g.rounds {
 		if r.serial != 0 {

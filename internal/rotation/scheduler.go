@@ -313,7 +313,7 @@ func (s *KeyRotationScheduler) reported(m *wire.Report) {
 	t := s.tunnel
 	s.peer, s.peerSeq = m, m.Seq
 	in := s.installed
-	if in != nil && s.op == nil && !m.Blocked && m.Installed == in.name() && !m.Missing && !in.agreed && !in.found() {
+	if in != nil && s.op == nil && !m.Blocked && m.Installed.Fingerprint == in.print && !m.Missing && !in.agreed && !in.found() {
 		in.agreed = true
 		s.save()
 		s.prune()

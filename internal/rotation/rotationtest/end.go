@@ -138,6 +138,19 @@ func (e *End) Reboot() {
 	}
 }
 
+// Forget loses the journal of a rotator that does not run, while WireGuard goes
+// on, as "keyturn rm" does.
+func (e *End) Forget() {
+	e.Crash()
+	e.world.trace("%s: forgets its journal", names[e.index])
+	e.journal = nil
+	e.Lost++
+	e.inJournal = nil
+	e.erased = map[psk.Fingerprint]bool{}
+	e.last = 0
+	e.known[e.device.psk.Fingerprint()] = true
+}
+
 // Foreign puts another PSK into WireGuard.
 func (e *End) Foreign() {
 	k, _ := psk.Random(e.world.random)
