@@ -363,6 +363,7 @@ var commands = map[string]func(args){
 	"wg-set":    func(a args) { a.end().Foreign() },
 	"remove":    func(a args) { a.end().Gone = true },
 	"add":       func(a args) { a.end().Add() },
+	"jump":      func(a args) { a.end().WallOffset += duration(a.t, a.d, a.word(1)) },
 	"device":    func(a args) { a.end().DeviceBad = a.fails(1) },
 	"journal":   func(a args) { a.end().JournalBad = a.fails(1) },
 	"link":      func(a args) { a.world.Link.Cut = a.fails(0) },
