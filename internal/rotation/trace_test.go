@@ -357,6 +357,7 @@ var commands = map[string]func(args){
 	"start":     func(a args) { a.end().Start() },
 	"stop":      func(a args) { a.end().Stop() },
 	"reboot":    func(a args) { a.end().Reboot() },
+	"forget":    func(a args) { a.end().Forget() },
 	"redial":    func(a args) { a.world.Redial() },
 	"rotate":    func(a args) { a.end().Rotate() },
 	"version":   func(a args) { a.end().Version(2) },
