@@ -9,7 +9,8 @@ import (
 // observe takes in a dump.
 func (s *KeyRotationScheduler) observe(o Observed) {
 	if o.Jumped {
-		s.alive = false // ages are unknown until the next change
+		s.alive = false // ages are unknown until the next change: probe
+		s.probeAt = s.now
 	}
 	if !o.Present {
 		// A dump during which peers are removed can be short: one absence
@@ -61,6 +62,7 @@ func (s *KeyRotationScheduler) handshake(previous, o Observed) {
 	}
 	s.alive, s.handshakeAt = true, s.now
 	s.used = false
+	s.underFound = s.installed != nil && s.installed.found()
 	s.trying, s.unheard = [2]time.Time{}, [2]time.Time{}
 	if s.probeAt.After(s.now) {
 		s.probeAt = time.Time{} // the other end's was faster
@@ -93,10 +95,16 @@ func (s *KeyRotationScheduler) watch(previous, o Observed) {
 	// A session can be dead while it is young: the other end was made anew.
 	// It then sends initiations, of 148 bytes each, and nothing else; a living
 	// one answers data within 10 s, with a keepalive at the least.
-	const initiation = 148
-	if (o.Rx-previous.Rx)%initiation != 0 {
+	const initiation, retry = 148, 5 * time.Second
+	received := o.Rx - previous.Rx
+	most := uint64(initiation * (1 + o.Began.Sub(previous.Began)/retry))
+	switch {
+	case received%initiation != 0 || received > most:
 		s.unheard = [2]time.Time{}
-	} else if o.Tx != previous.Tx {
+		if !s.alive {
+			s.trying = [2]time.Time{} // of unknown age, but alive
+		}
+	case o.Tx != previous.Tx:
 		s.mark(&s.unheard)
 	}
 	if s.alive && s.now.Sub(s.handshakeAt) < RekeyAfter {

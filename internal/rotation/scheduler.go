@@ -33,12 +33,13 @@ type KeyRotationScheduler struct {
 	unheard     [2]time.Time // first and last sign of sending while nothing but handshakes is heard
 
 	// What is set.
-	installed *record // nil: nothing of ours, or blocked
-	setAt     time.Time
-	blocked   bool
-	block     *psk.Key // the random PSK that closes the tunnel, from the wish to block on
-	probeAt   time.Time
-	op        *operation
+	installed  *record // nil: nothing of ours, or blocked
+	setAt      time.Time
+	blocked    bool
+	block      *psk.Key // the random PSK that closes the tunnel, from the wish to block on
+	underFound bool     // the last handshake was made under the PSK found
+	probeAt    time.Time
+	op         *operation
 
 	// The journal.
 	token        uint64

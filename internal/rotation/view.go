@@ -65,7 +65,7 @@ func (s *KeyRotationScheduler) View() View {
 	}
 	if in := s.installed; in != nil {
 		v.Installed, v.Since, v.Sources, v.Found = in.name(), in.wall, in.sources, in.found()
-		v.Protected = !in.found() && !s.stale && s.confirmed != 0 && !s.hunting && s.absent < 2 && s.matches(s.lastPrint)
+		v.Protected = !in.found() && !s.stale && s.confirmed != 0 && !s.hunting && s.absent < 2 && !s.foreign() && !s.underFound
 	}
 	v.State = s.state()
 	return v
@@ -80,13 +80,13 @@ func (s *KeyRotationScheduler) state() State {
 		return StateBlocked
 	case s.hunting:
 		return StateHunting
-	case !s.differsSince.IsZero() && s.now.Sub(s.differsSince) > s.tunnel.config.Heartbeat:
+	case s.foreign(), !s.differsSince.IsZero() && s.now.Sub(s.differsSince) > s.tunnel.config.Heartbeat:
 		return StateRepairing
 	case s.stale:
 		return StateStale
 	case len(s.tunnel.differences) > 0:
 		return StateRefused
-	case in != nil && in.confirmed, in != nil && !in.found() && s.confirmed != 0 && !s.idle():
+	case in != nil && !in.found() && s.confirmed != 0 && !s.underFound:
 		return StateProtected
 	case in != nil && !in.found():
 		return StateUnconfirmed
@@ -94,6 +94,11 @@ func (s *KeyRotationScheduler) state() State {
 		return StateUnprotected
 	}
 	return StateHold
+}
+
+// foreign says that a dump which began after the last set shows another PSK.
+func (s *KeyRotationScheduler) foreign() bool {
+	return s.ready && !s.setInProgress() && !s.last.Began.Before(s.setAt) && !s.matches(s.lastPrint)
 }
 
 // Candidates names the keys that a hunt would try, newest first.
