@@ -143,7 +143,7 @@ func (p *peer) drive(ctx context.Context, m machine, in *inbox, observations <-c
 	defer timer.Stop()
 	var conn *link.Conn // over which the machine speaks
 	for {
-		var next item
+		next := item{event: rotation.Tick{}}
 		select {
 		case <-ctx.Done():
 			if observations != nil {
@@ -152,19 +152,14 @@ func (p *peer) drive(ctx context.Context, m machine, in *inbox, observations <-c
 			return
 		case next = <-in.events:
 		case o := <-observations:
-			e, ok := p.observed(o)
-			if !ok {
-				continue
+			if e, ok := p.observed(o); ok {
+				p.step(m, e, conn, fetches)
+				p.rearm(timer, m)
 			}
-			next.event = e
-			p.step(m, e, conn, fetches)
 			o.Peer.PSK.Wipe()
-			p.rearm(timer, m)
 			continue
 		case <-in.wake:
-			next.event = rotation.Tick{}
 		case <-timer.C:
-			next.event = rotation.Tick{}
 		}
 		current := true
 		switch next.event.(type) {
