@@ -128,6 +128,9 @@ DIR/wg0.yaml:16:5: unknown key "saee"
 		{"the configuration is a directory", func(_ *testing.T, dir string) error {
 			return errors.Join(os.Remove(filepath.Join(dir, "wg0.yaml")), os.Mkdir(filepath.Join(dir, "wg0.yaml"), 0o755))
 		}, `DIR/wg0.yaml: a directory, not a configuration file`},
+		{"the configuration is a named pipe", func(_ *testing.T, dir string) error {
+			return errors.Join(os.Remove(filepath.Join(dir, "wg0.yaml")), syscall.Mkfifo(filepath.Join(dir, "wg0.yaml"), 0o600))
+		}, `DIR/wg0.yaml: not a regular file`},
 		{"the configuration is too large", func(_ *testing.T, dir string) error { return os.Truncate(filepath.Join(dir, "wg0.yaml"), 1<<40) },
 			`DIR/wg0.yaml: the file is larger than 4 MiB`},
 	} {

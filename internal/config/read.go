@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"go.yaml.in/yaml/v4"
 )
@@ -31,13 +32,19 @@ func Load(path string) (*Config, error) {
 
 // read returns the file's bytes, or one byte too many where it is too large.
 func read(path string) ([]byte, error) {
-	f, err := os.Open(path)
+	// Without waiting, as opening a named pipe would.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, cause(err)
 	}
 	defer f.Close()
-	if i, err := f.Stat(); err == nil && i.IsDir() {
+	switch i, err := f.Stat(); {
+	case err != nil:
+		return nil, cause(err)
+	case i.IsDir():
 		return nil, errors.New("a directory, not a configuration file")
+	case !i.Mode().IsRegular(): // it is read more than once
+		return nil, errors.New("not a regular file")
 	}
 	data, err := io.ReadAll(io.LimitReader(f, MaxFile+1))
 	return data, cause(err)
