@@ -31,9 +31,7 @@ func (g *KeyGenerator) linkUp(peer [32]byte) {
 	g.tunnel.peer = peer
 	g.tunnel.linked = true
 	g.failures, g.notBefore = 0, time.Time{}
-	if g.tunnel.config.Role == Client {
-		g.sendInit()
-	}
+	g.boot.due = g.now
 }
 
 func (g *KeyGenerator) linkDown() {
@@ -70,6 +68,9 @@ func (g *KeyGenerator) init(m *wire.Init) {
 	if t.config.Role != Server {
 		g.refuse([]wire.Difference{{Field: "role", Client: "client", Server: "client"}})
 		return
+	}
+	if !t.bootable() {
+		return // the client asks again
 	}
 	if g.boot.ack != nil && m.Boot == t.peerBoot {
 		if m.Attempt == g.boot.attempt {

@@ -11,6 +11,9 @@ import (
 // otherwise the next commit (C2). The server never acts on its own.
 func (s *KeyRotationScheduler) lead() {
 	t := s.tunnel
+	if s.stopping {
+		return
+	}
 	if t.config.Role != Client || !t.linked || s.session == (wire.SessionID{}) || s.peer == nil ||
 		s.op != nil || !s.ready || s.absent > 1 || s.peer.Missing {
 		return
@@ -411,7 +414,7 @@ func (s *KeyRotationScheduler) commit(m *wire.Commit) {
 		return
 	}
 	r := t.record(m.Key)
-	if r == nil && !t.buffer.has(m.Key) || r != nil && r.found() && !t.config.Fallback {
+	if r == nil && !t.buffer.has(m.Key) || r != nil && !r.listed(t.config.Fallback) {
 		s.answer(asked, wire.ReasonUnknown)
 		return
 	}
@@ -433,6 +436,10 @@ func (s *KeyRotationScheduler) commit(m *wire.Commit) {
 				s.confirm(in)
 			}
 		}
+	}
+	if r == nil && len(t.records) >= maxRecords {
+		s.answer(asked, wire.ReasonFailed) // no honest client has so many in doubt
+		return
 	}
 	if r == nil {
 		r = t.buffer.take(m.Key)

@@ -69,7 +69,9 @@ type (
 	// Rotate is the operator's wish to rotate at the next window, or at once
 	// where there is no live session.
 	Rotate struct{}
-	// Stop is the operator's wish to end: the scheduler says goodbye.
+	// Stop is the operator's wish to end: the scheduler begins nothing any
+	// more, and says goodbye when what is under way is done; at once if it
+	// is told again.
 	Stop struct{}
 )
 

@@ -24,6 +24,7 @@ type KeyGenerator struct {
 	boot    bootstrap
 	rounds  []*round // under way, by rising serial; those still fetching (client) come last
 	fetches uint64
+	asked   int // fetches without an answer, also those whose round has ended
 
 	failures  int // of rounds, in a row
 	notBefore time.Time
@@ -86,7 +87,7 @@ func (g *KeyGenerator) Step(now time.Time, e Event) []Effect {
 		g.receive(e.Message)
 	}
 	g.expire()
-	if g.tunnel.linked && g.tunnel.config.Role == Client && !g.boot.answered && !g.now.Before(g.boot.due) {
+	if g.tunnel.linked && g.tunnel.config.Role == Client && g.tunnel.bootable() && !g.boot.answered && !g.now.Before(g.boot.due) {
 		g.sendInit()
 	}
 	g.fill()
@@ -108,7 +109,7 @@ func (g *KeyGenerator) Deadline() (time.Time, bool) {
 		soonest(r.since.Add(roundTimeout))
 	}
 	if g.tunnel.linked && g.tunnel.config.Role == Client {
-		if !g.boot.answered {
+		if !g.boot.answered && g.tunnel.bootable() {
 			soonest(g.boot.due)
 		} else if g.wanting() > 0 {
 			soonest(g.notBefore)
@@ -161,7 +162,7 @@ func (g *KeyGenerator) current(s wire.SessionID) bool {
 // wanting is how many rounds may be started now, the backoff aside.
 func (g *KeyGenerator) wanting() int {
 	t := g.tunnel
-	if t.config.Role != Client || !t.linked || !t.accepted {
+	if t.config.Role != Client || !t.linked || !t.accepted || g.asked >= 2*maxRounds {
 		return 0
 	}
 	most := maxRounds
@@ -178,6 +179,7 @@ func (g *KeyGenerator) fill() {
 		r := &round{fetch: g.fetches, since: g.now, sources: g.all()}
 		g.rounds = append(g.rounds, r)
 		if r.sources.QKD() {
+			g.asked++
 			g.out = append(g.out, Fetch{ID: r.fetch})
 		} else if !g.offer(r) {
 			return
@@ -216,6 +218,7 @@ func (g *KeyGenerator) enough(s wire.Sources) bool {
 
 // fetched is E2 at the client and E3 at the server.
 func (g *KeyGenerator) fetched(e Fetched) {
+	g.asked--
 	r := g.find(func(r *round) bool { return r.fetch == e.ID && r.qkd == nil })
 	if r == nil {
 		e.Key.Wipe() // the round has ended; a delivered key is not used for another
@@ -366,7 +369,7 @@ func (g *KeyGenerator) propose(m *wire.Propose) {
 	case !g.enough(m.Sources):
 		g.refuseRound(r, fmt.Sprintf("sources %v are not what the policy requires", m.Sources))
 		return
-	case len(g.rounds) >= 2*maxRounds:
+	case len(g.rounds) >= 2*maxRounds || g.asked >= 2*maxRounds:
 		g.refuseRound(r, "too many rounds are under way")
 		return
 	case m.Sources.QKD() && g.metIDs.has(m.KeyID):
@@ -386,6 +389,7 @@ func (g *KeyGenerator) propose(m *wire.Propose) {
 	if m.Sources.QKD() {
 		g.fetches++
 		r.fetch = g.fetches
+		g.asked++
 		g.out = append(g.out, Fetch{ID: r.fetch, KeyID: m.KeyID})
 		return
 	}

@@ -11,6 +11,9 @@ import (
 // 12 s on each, the server 40 s, longer than the client's whole walk: equal
 // times can miss for ever.
 func (s *KeyRotationScheduler) hunt() {
+	if s.stopping {
+		return
+	}
 	if !s.huntDue() {
 		if s.hunting {
 			s.endHunt("no longer needed")

@@ -170,6 +170,7 @@ func (s *KeyRotationScheduler) start(key *psk.Key, print psk.Fingerprint) {
 	if found != nil && t.config.Fallback {
 		t.initial = found.print
 	}
+	t.judged = true
 	if t.config.BlockStart && !s.installed.confirmed || t.config.BlockStale && newest == nil && s.verifiedOnce {
 		s.blockNow("no fresh confirmed key at the start")
 	}

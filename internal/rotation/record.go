@@ -166,7 +166,7 @@ func (t *Tunnel) Restore(j Journal, now, wall time.Time) {
 		}
 		t.insert(r)
 		if r.found() && t.config.Fallback {
-			t.initial = r.print
+			t.initial, t.judged = r.print, true
 		}
 	}
 }

@@ -86,8 +86,9 @@ const (
 	roundTimeout = 10 * time.Second       // E1 to E6
 	roundBackoff = 500 * time.Millisecond // after the first failed round, doubled up to:
 	roundMaxWait = 5 * time.Second
-	silentBeats  = 4 // L5: heartbeats that may be missing
-	maxRounds    = 4 // rounds under way at once
+	silentBeats  = 4  // L5: heartbeats that may be missing
+	maxRecords   = 16 // keys in the scheduler's hands, of which a few are usual
+	maxRounds    = 4  // rounds under way at once
 	maxHigh      = 1 << 62
 	remembered   = 64 // keys and key IDs, each, that must not come back
 )
@@ -122,10 +123,11 @@ type Tunnel struct {
 	peer        [32]byte // link identity of the peer on this link
 	high        uint64   // highest serial that either end knows
 
-	records []*record // what the scheduler holds, by rising serial
-	pulled  *record   // the client's next key, taken from the buffer
-	initial psk.Fingerprint
-	changed bool // the other machine has something to look at
+	records []*record       // what the scheduler holds, by rising serial
+	pulled  *record         // the client's next key, taken from the buffer
+	initial psk.Fingerprint // under fallback
+	judged  bool            // initial is known: recorded, or seen in a dump
+	changed bool            // the other machine has something to look at
 }
 
 // NewTunnel returns the shared state of a peer's machines. The configuration
@@ -179,6 +181,9 @@ func (t *Tunnel) record(n wire.Named) *record {
 	}
 	return nil
 }
+
+// bootable says whether this end knows all that the bootstrap compares.
+func (t *Tunnel) bootable() bool { return t.judged || !t.config.Fallback }
 
 func (t *Tunnel) raise(high uint64) {
 	if high <= maxHigh {

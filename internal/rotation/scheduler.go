@@ -60,6 +60,8 @@ type KeyRotationScheduler struct {
 	reportAt  time.Time
 	reportNow bool
 	goodbye   bool
+	stopping  bool // nothing is begun any more
+	stopped   bool // Bye was sent
 
 	// Rules that wait.
 	notBefore     time.Time // client: no commit before
@@ -148,16 +150,34 @@ func (s *KeyRotationScheduler) Step(now time.Time, e Event) []Effect {
 	case Rotate:
 		s.rotate, s.notBefore = true, time.Time{}
 	case Stop:
-		s.send(&wire.Bye{Session: s.session, Reason: "the rotator stops"})
+		if s.stopping {
+			s.bye() // waited long enough
+		}
+		s.stopping = true
 	case Received:
 		s.receive(e.Message)
 	}
 	s.advance()
+	if s.stopping && s.op == nil {
+		s.bye()
+	}
 	if s.tunnel.changed {
 		s.out = append(s.out, Wake{})
 	}
 	return s.out
 }
+
+// bye says goodbye, once.
+func (s *KeyRotationScheduler) bye() {
+	if !s.stopped {
+		s.stopped = true
+		s.send(&wire.Bye{Session: s.session, Reason: "the rotator stops"})
+	}
+}
+
+// Stopped says that the scheduler has done what it had begun before Stop, and
+// said goodbye.
+func (s *KeyRotationScheduler) Stopped() bool { return s.stopped }
 
 // Deadline returns when Step wants a Tick; false if only an event helps.
 func (s *KeyRotationScheduler) Deadline() (time.Time, bool) { return s.wake, !s.wake.IsZero() }
@@ -299,7 +319,7 @@ func (s *KeyRotationScheduler) receive(m wire.Message) {
 			s.refused(m)
 		}
 	case *wire.Bye:
-		if m.Session == s.session {
+		if m.Session == s.session && !s.goodbye {
 			s.goodbye = true
 			s.note(NoteGoodbye, none, m.Reason)
 		}

@@ -178,7 +178,9 @@ func (w *World) connect() {
 	l.up = [2]bool{true, true}
 	l.waiting = [2][]sent{}
 	w.Ends[Server].both(rotation.LinkUp{Peer: identity(Client)})
-	w.Ends[Client].both(rotation.LinkUp{Peer: identity(Server)})
+	if l.up[Client] { // unless the server crashed over it
+		w.Ends[Client].both(rotation.LinkUp{Peer: identity(Server)})
+	}
 }
 
 func (e *End) both(ev rotation.Event) {
