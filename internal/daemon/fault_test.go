@@ -165,3 +165,38 @@ func TestRefused(t *testing.T) {
 		})
 	}
 }
+
+// TestStopOnSilentLink: a rotator stops within two seconds although its peer
+// does not answer.
+func TestStopOnSilentLink(t *testing.T) {
+	for end := range 2 {
+		synctest.Test(t, func(t *testing.T) {
+			s, stop := start(t, options{})
+			time.Sleep(3 * time.Minute)
+			s.network.Cut(true)
+			time.Sleep(time.Second)
+			before := time.Now()
+			s.stopRotator(end)
+			if took := time.Since(before); took > 2*time.Second {
+				t.Errorf("end %d took %v to stop", end, took)
+			}
+			s.network.Cut(false)
+			stop()
+		})
+	}
+}
+
+// TestFallbackWaitsForDump: with fallback, what the ends compare is known only
+// when WireGuard was read; a link that is faster must not end in a refusal.
+func TestFallbackWaitsForDump(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, stop := start(t, options{peer: func(_ int, p *config.Peer) { p.Fallback = config.FallbackInitial }, slowDump: true})
+		time.Sleep(10 * time.Minute)
+		for end := range 2 {
+			if p := s.peer(end); p.State != control.PeerProtected {
+				t.Errorf("end %d: %s, differences %+v", end, p.State, p.Differences)
+			}
+		}
+		stop()
+	})
+}

@@ -18,6 +18,7 @@ import (
 	"keyturn/internal/kms/etsi014"
 	"keyturn/internal/link"
 	"keyturn/internal/memnet"
+	"keyturn/internal/psk"
 	"keyturn/internal/rotation"
 	"keyturn/internal/wg"
 )
@@ -44,6 +45,8 @@ type options struct {
 	peer  func(end int, p *config.Peer)
 	watch func(s *system, end int, n rotation.Note)
 	quiet bool // no traffic
+	// slowDump: a PSK is there from the start, and each dump takes 50 ms.
+	slowDump bool
 }
 
 // pairs of all bubbles stay reachable: see wg.Pair.
@@ -82,7 +85,12 @@ func start(t *testing.T, o options) (*system, func()) {
 		must(err)
 		goes("kme", func(ctx context.Context) error { return k.Serve(ctx, ln, lab.ServerTLS(i)) })
 	}
-	s.pair, err = wg.NewPair(wg.PairOptions{})
+	var initial *psk.Key
+	if o.slowDump {
+		initial, err = psk.Random(rand.Reader)
+		must(err)
+	}
+	s.pair, err = wg.NewPair(wg.PairOptions{PSK: initial})
 	must(err)
 	pairs.Lock()
 	pairs.made = append(pairs.made, s.pair)
@@ -123,9 +131,13 @@ func start(t *testing.T, o options) (*system, func()) {
 		s.make[i] = func() *daemon.Rotator {
 			ln, err := s.network.Listen(addresses[i])
 			must(err)
+			device := ends[i].Device()
+			if o.slowDump {
+				device = slowDevice{device}
+			}
 			r, err := daemon.New(daemon.Parts{
 				Config: &config.Config{Interface: "wg0", Peers: []*config.Peer{p}},
-				Device: ends[i].Device(), Identity: identities[i], Listener: ln,
+				Device: device, Identity: identities[i], Listener: ln,
 				Dial: func(ctx context.Context, address string, self *link.Identity, pins link.Pins) (*link.Conn, error) {
 					raw, err := s.network.Dial(ctx, "tcp", address)
 					if err != nil {
@@ -166,6 +178,14 @@ func start(t *testing.T, o options) (*system, func()) {
 		running.Wait()
 		must(s.pair.Close())
 	}
+}
+
+// slowDevice is a device of many peers.
+type slowDevice struct{ wg.Device }
+
+func (d slowDevice) Dump() (*wg.Dump, error) {
+	time.Sleep(50 * time.Millisecond)
+	return d.Device.Dump()
 }
 
 // startRotator starts a rotator as a new process would, with its old journal.

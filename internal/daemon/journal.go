@@ -28,8 +28,9 @@ import (
 
 // Store keeps the journals of a rotator's peers.
 type Store interface {
-	// Load returns a peer's journal, empty if there is none. An error means
-	// that the one on disk cannot be trusted; it has been set aside.
+	// Load returns a peer's journal, empty if there is none. ErrSetAside means
+	// that the one on disk cannot be trusted; after any other error the
+	// rotator must not start.
 	Load(wg.PublicKey) (rotation.Journal, error)
 	// Save replaces a peer's journal. The caller wipes j.
 	Save(wg.PublicKey, *rotation.Journal) error
@@ -166,6 +167,8 @@ func (f *files) Load(p wg.PublicKey) (rotation.Journal, error) {
 	recorded, err2 := f.read(f.initial, p)
 	if len(recorded.Entries) == 1 && (len(j.Entries) == 0 || j.Entries[0].Serial != 0) {
 		j.Entries = append(recorded.Entries, j.Entries...)
+	} else {
+		recorded.Wipe()
 	}
 	return j, errors.Join(err, err2)
 }
@@ -181,11 +184,38 @@ func (f *files) read(dir string, p wg.PublicKey) (rotation.Journal, error) {
 		j, err = f.decode(b, p)
 		clear(b)
 	}
-	if err != nil {
-		aside := path + ".bad"
-		return rotation.Journal{}, errors.Join(fmt.Errorf("journal %s, now set aside as %s: %w", path, aside, err), os.Rename(path, aside))
+	if !errors.Is(err, errForeign) && !errors.Is(err, errFormat) {
+		return j, err // nil, or a disk that may do better
 	}
-	return j, nil
+	aside, asideErr := setAside(path)
+	if asideErr != nil {
+		return j, fmt.Errorf("journal %s: %w: %w", path, err, asideErr)
+	}
+	return j, fmt.Errorf("%w: %s, now %s: %w", ErrSetAside, path, aside, err)
+}
+
+// setAside renames a file and never over another: with the wrong key_file the
+// one before may be the good one.
+func setAside(path string) (string, error) {
+	for i := range 100 {
+		aside := fmt.Sprintf("%s.bad%d", path, i)
+		err := os.Link(path, aside)
+		if errors.Is(err, fs.ErrExist) {
+			continue
+		}
+		if err != nil {
+			return "", err
+		}
+		return aside, os.Remove(path)
+	}
+	return "", errors.New("a hundred files were set aside already")
+}
+
+func checksum(p wg.PublicKey, b []byte) []byte {
+	h := sha256.New()
+	h.Write(p[:])
+	h.Write(b)
+	return h.Sum(nil)
 }
 
 // Save writes a peer's journal: to a new file, synced, renamed over the old
@@ -255,8 +285,7 @@ func (f *files) encode(j *rotation.Journal, p wg.PublicKey) ([]byte, error) {
 		b = append(b, e.Key.Bytes()...)
 	}
 	if f.key == nil {
-		sum := sha256.Sum256(append(append([]byte(nil), p[:]...), b...))
-		return append(b, sum[:]...), nil
+		return append(b, checksum(p, b)...), nil
 	}
 	defer clear(b)
 	aead, err := chacha20poly1305.NewX(f.key.Bytes())
@@ -269,6 +298,10 @@ func (f *files) encode(j *rotation.Journal, p wg.PublicKey) ([]byte, error) {
 	}
 	return aead.Seal(nonce, nonce, b, p[:]), nil
 }
+
+// ErrSetAside means that a journal could not be trusted and was renamed; the
+// peer begins without one.
+var ErrSetAside = errors.New("journal set aside")
 
 var (
 	errForeign = errors.New("it is damaged, or of another peer or key")
@@ -283,7 +316,7 @@ func (f *files) decode(b []byte, p wg.PublicKey) (rotation.Journal, error) {
 		if n < 0 {
 			return j, errFormat
 		}
-		if sum := sha256.Sum256(append(append([]byte(nil), p[:]...), b[:n]...)); !bytes.Equal(sum[:], b[n:]) {
+		if !bytes.Equal(checksum(p, b[:n]), b[n:]) {
 			return j, errForeign
 		}
 		b = b[:n]

@@ -146,7 +146,7 @@ func TestJournalDamaged(t *testing.T) {
 			if got, err := f.Load(madrid); err == nil || len(got.Entries) != 0 || !strings.Contains(err.Error(), "set aside") {
 				t.Errorf("%s: %d entries, error %v", what, len(got.Entries), err)
 			}
-			if _, err := os.Stat(path + ".bad"); err != nil {
+			if _, err := os.Stat(path + ".bad0"); err != nil {
 				t.Errorf("%s: %v", what, err)
 			}
 		}

@@ -8,9 +8,8 @@ import (
 	"math/rand/v2"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"keyturn/internal/config"
 	"keyturn/internal/kms"
@@ -37,10 +36,18 @@ type peer struct {
 
 	gen, sched *inbox
 
+	// life outlasts the rotator's wish to stop, until the scheduler has done
+	// what it had begun and said goodbye.
+	life context.Context
+	end  context.CancelFunc
+
 	mu        sync.Mutex
 	tunnel    *rotation.Tunnel
 	generator *rotation.KeyGenerator
 	scheduler *rotation.KeyRotationScheduler
+
+	jumped bool       // a clock jump that the scheduler has not heard of; its goroutine's own
+	linkMu sync.Mutex // held while a connection is made the peer's
 
 	connMu       sync.Mutex
 	conn         *link.Conn // the newest
@@ -62,6 +69,7 @@ type peer struct {
 type inbox struct {
 	events chan item
 	wake   chan struct{} // holds a token while a Tick is wanted
+	rotate atomic.Bool   // the Tick is to be a Rotate
 }
 
 // item is an event and the connection that it came over, if any.
@@ -74,14 +82,6 @@ const inboxSize = 16
 
 func newInbox() *inbox {
 	return &inbox{events: make(chan item, inboxSize), wake: make(chan struct{}, 1)}
-}
-
-// put adds an event that may be dropped where the inbox is full.
-func (b *inbox) put(e rotation.Event, c *link.Conn) {
-	select {
-	case b.events <- item{event: e, conn: c}:
-	default:
-	}
 }
 
 // deliver adds an event, waiting for room.
@@ -107,21 +107,24 @@ type machine interface {
 
 // run runs the peer until ctx ends.
 func (p *peer) run(ctx context.Context, observations <-chan wg.Observation) error {
-	g, ctx := errgroup.WithContext(ctx)
-	fetches := &fetcher{peer: p, ctx: ctx}
-	g.Go(func() error { p.drive(ctx, p.generator, p.gen, nil, fetches); return nil })
-	g.Go(func() error { p.drive(ctx, p.scheduler, p.sched, observations, nil); return nil })
+	defer p.end()
+	var running sync.WaitGroup
+	fetches := &fetcher{peer: p, ctx: p.life}
+	running.Go(func() { p.drive(nil, p.generator, p.gen, nil, fetches) })
 	if p.role == rotation.Client {
-		g.Go(func() error { p.dial(ctx); return nil })
+		running.Go(func() { p.dial(p.life) })
 	}
-	err := g.Wait()
-	fetches.wait.Wait()
+	p.drive(ctx.Done(), p.scheduler, p.sched, observations, nil)
+	p.end()
 	p.connMu.Lock()
 	conn := p.conn
 	p.connMu.Unlock()
+	var err error
 	if conn != nil {
-		err = errors.Join(err, closed(conn.Close()))
+		err = closed(conn.Close()) // which sends what is queued
 	}
+	running.Wait()
+	fetches.wait.Wait()
 	if p.source != nil {
 		err = errors.Join(err, p.source.Close())
 	}
@@ -137,19 +140,24 @@ func closed(err error) error {
 	return err
 }
 
-// drive is the goroutine of one machine.
-func (p *peer) drive(ctx context.Context, m machine, in *inbox, observations <-chan wg.Observation, fetches *fetcher) {
+// drive is the goroutine of one machine. It ends with the peer's life; the
+// scheduler's, when stop is closed and it has said goodbye, for which it has a
+// second.
+func (p *peer) drive(stop <-chan struct{}, m machine, in *inbox, observations <-chan wg.Observation, fetches *fetcher) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	var conn *link.Conn // over which the machine speaks
+	var hurry <-chan time.Time
 	for {
 		next := item{event: rotation.Tick{}}
 		select {
-		case <-ctx.Done():
-			if observations != nil {
-				p.step(m, rotation.Stop{}, conn, fetches)
-			}
+		case <-p.life.Done():
 			return
+		case <-stop:
+			stop, hurry = nil, time.After(goodbyeWait)
+			next.event = rotation.Stop{}
+		case <-hurry:
+			next.event = rotation.Stop{}
 		case next = <-in.events:
 		case o := <-observations:
 			if e, ok := p.observed(o); ok {
@@ -157,8 +165,14 @@ func (p *peer) drive(ctx context.Context, m machine, in *inbox, observations <-c
 				p.rearm(timer, m)
 			}
 			o.Peer.PSK.Wipe()
+			if hurry != nil && p.stopped() {
+				return
+			}
 			continue
 		case <-in.wake:
+			if in.rotate.Swap(false) {
+				next.event = rotation.Rotate{}
+			}
 		case <-timer.C:
 		}
 		current := true
@@ -176,7 +190,17 @@ func (p *peer) drive(ctx context.Context, m machine, in *inbox, observations <-c
 			p.step(m, next.event, conn, fetches)
 			p.rearm(timer, m)
 		}
+		if hurry != nil && p.stopped() {
+			return
+		}
 	}
+}
+
+// stopped says whether the scheduler has said goodbye.
+func (p *peer) stopped() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.scheduler.Stopped()
 }
 
 // rearm sets the timer to the machine's deadline.
@@ -274,6 +298,7 @@ func (p *peer) observed(o wg.Observation) (rotation.Event, bool) {
 	} else {
 		p.rotator.lost.Store(nil)
 	}
+	p.jumped = p.jumped || o.Jumped
 	p.connMu.Lock()
 	p.deviceError = why
 	if o.Jumped {
@@ -283,9 +308,11 @@ func (p *peer) observed(o wg.Observation) (rotation.Event, bool) {
 	if o.Err != nil && !errors.Is(o.Err, wg.ErrNoDevice) {
 		return nil, false // a dump that failed says nothing of the peer
 	}
+	jumped := p.jumped
+	p.jumped = false
 	return rotation.Observed{
 		Began: o.Began, Wall: o.Wall.Add(o.Began.Sub(o.Ended)), Present: o.Err == nil && o.Present, PSK: o.Peer.PSK,
-		Handshake: o.Peer.Handshake, Rx: o.Peer.Rx, Tx: o.Peer.Tx, Jumped: o.Jumped,
+		Handshake: o.Peer.Handshake, Rx: o.Peer.Rx, Tx: o.Peer.Tx, Jumped: jumped,
 	}, true
 }
 
@@ -363,12 +390,12 @@ func (p *peer) linkFailed(err error) {
 }
 
 // accepted takes a connection that the peer dialled. It replaces an older one.
-func (p *peer) accepted(ctx context.Context, c *link.Conn) {
+func (p *peer) accepted(c *link.Conn) {
 	if p.role == rotation.Client {
-		p.rotator.serving.Go(func() { p.conflict(ctx, c) })
+		p.rotator.serving.Go(func() { p.conflict(p.life, c) })
 		return
 	}
-	p.rotator.serving.Go(func() { p.serve(ctx, c) })
+	p.rotator.serving.Go(func() { p.serve(p.life, c) })
 }
 
 // conflict answers a peer that takes itself for the client as well.
@@ -398,23 +425,13 @@ func (p *peer) conflict(ctx context.Context, c *link.Conn) {
 
 // serve reads from a connection until it ends.
 func (p *peer) serve(ctx context.Context, c *link.Conn) {
-	p.connMu.Lock()
-	old := p.conn
-	p.conn, p.linkAt, p.linkError, p.refused = c, time.Now(), "", false
-	p.connMu.Unlock()
-	if old != nil {
-		_ = old.Close()
-	}
-	p.log.Info("link is up", "remote", c.RemoteAddr().String())
-	for _, in := range []*inbox{p.gen, p.sched} {
-		in.deliver(ctx, rotation.LinkUp{Peer: c.Peer()}, c)
+	if !p.adopt(ctx, c) {
+		_ = c.Close()
+		return
 	}
 	err := p.receive(ctx, c)
 	for _, in := range []*inbox{p.gen, p.sched} {
 		in.deliver(ctx, rotation.LinkDown{}, c)
-	}
-	if ctx.Err() != nil {
-		return // run closes it, after the goodbye
 	}
 	_ = c.Close()
 	p.connMu.Lock()
@@ -425,9 +442,31 @@ func (p *peer) serve(ctx context.Context, c *link.Conn) {
 	p.connMu.Unlock()
 }
 
+// adopt makes c the peer's connection, and tells both machines before another
+// can take its place; false if the peer has ended.
+func (p *peer) adopt(ctx context.Context, c *link.Conn) bool {
+	p.linkMu.Lock()
+	defer p.linkMu.Unlock()
+	p.connMu.Lock()
+	if ctx.Err() != nil {
+		p.connMu.Unlock()
+		return false
+	}
+	old := p.conn
+	p.conn, p.linkAt, p.linkError, p.refused = c, time.Now(), "", false
+	p.connMu.Unlock()
+	if old != nil {
+		_ = old.Close()
+	}
+	p.log.Info("link is up", "remote", c.RemoteAddr().String())
+	for _, in := range []*inbox{p.gen, p.sched} {
+		in.deliver(ctx, rotation.LinkUp{Peer: c.Peer()}, c)
+	}
+	return true
+}
+
 // receive hands messages to the machines until the connection or ctx ends.
 func (p *peer) receive(ctx context.Context, c *link.Conn) error {
-	// The goodbye is still to be sent when ctx ends; run closes the connection.
 	for ctx.Err() == nil {
 		b, err := c.Receive()
 		if err != nil {

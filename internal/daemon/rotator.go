@@ -130,6 +130,7 @@ func (r *Rotator) newPeer(c *config.Peer, now wg.Peer) (*peer, error) {
 		sched:  newInbox(),
 		linkAt: time.Now(),
 	}
+	p.life, p.end = context.WithCancel(context.Background())
 	for _, id := range c.Identities {
 		p.pins = append(p.pins, id)
 	}
@@ -163,6 +164,9 @@ func (r *Rotator) newPeer(c *config.Peer, now wg.Peer) (*peer, error) {
 	p.parameters = conf.Parameters
 	p.tunnel = rotation.NewTunnel(conf)
 	journal, err := r.Store.Load(p.key)
+	if err != nil && !errors.Is(err, ErrSetAside) {
+		return nil, fmt.Errorf("journal: %w", err)
+	}
 	if err != nil {
 		p.log.Warn("journal cannot be used", "err", err)
 		p.journalError = err.Error()
@@ -224,7 +228,7 @@ func (r *Rotator) accept(ctx context.Context, l *link.Listener) error {
 			_ = c.Close()
 			continue
 		}
-		p.accepted(ctx, c)
+		p.accepted(c)
 	}
 }
 
@@ -251,7 +255,8 @@ func (r *Rotator) Rotate(name string) error {
 	for _, p := range r.peers {
 		if name == "" || p.config.Name == name {
 			found = true
-			p.sched.put(rotation.Rotate{}, nil)
+			p.sched.rotate.Store(true)
+			p.sched.tick()
 		}
 	}
 	if !found {
