@@ -31,7 +31,7 @@ var why = map[control.PeerState]string{
 	control.PeerWaiting:      "verified keys are ready; the first goes in after the tunnel's next handshake",
 	control.PeerUnconfirmed:  "the first key is installed and waits for a handshake that confirms it",
 	control.PeerRepairing:    "the ends have different keys installed; repairing",
-	control.PeerHunting:      "handshakes fail and the link is down; trying the keys that the other end may have",
+	control.PeerHunting:      "no handshake succeeds, and the rotators cannot repair it (no link, or no key in common); trying the keys that the other end may have",
 	control.PeerStale:        "no fresh key for longer than max_key_age",
 	control.PeerBlocked:      "closed until the next verified key",
 	control.PeerMissing:      "WireGuard does not know the peer",

@@ -379,7 +379,7 @@ func (s *KeyRotationScheduler) refused(m *wire.Refused) {
 		wait = notYetRetry
 	case wire.ReasonUnknown, wire.ReasonStale:
 		op.record.session = wire.SessionID{} // what the peer lists decides from here on
-		if op.mode != wire.ModeRepair && op.record != s.installed && !op.record.agreed {
+		if (op.mode != wire.ModeRepair || m.Reason == wire.ReasonUnknown) && op.record != s.installed && !op.record.agreed && !op.record.found() {
 			s.note(NoteDropped, op.record.name(), "the peer says "+m.Reason.String())
 			s.tunnel.erase(op.record)
 			s.save()

@@ -65,7 +65,7 @@ func (s *KeyRotationScheduler) View() View {
 	}
 	if in := s.installed; in != nil {
 		v.Installed, v.Since, v.Sources, v.Found = in.name(), in.wall, in.sources, in.found()
-		v.Protected = !in.found() && !s.stale && s.confirmed != 0 && !s.hunting && s.absent < 2 && !s.foreign() && !s.underFound
+		v.Protected = !in.found() && !s.stale && s.confirmed != 0 && !s.hunting && s.absent < 2 && !s.foreign() && !s.underFound && !s.apart()
 	}
 	v.State = s.state()
 	return v
@@ -80,7 +80,7 @@ func (s *KeyRotationScheduler) state() State {
 		return StateBlocked
 	case s.hunting:
 		return StateHunting
-	case s.foreign(), !s.differsSince.IsZero() && s.now.Sub(s.differsSince) > s.tunnel.config.Heartbeat:
+	case s.foreign(), s.apart():
 		return StateRepairing
 	case s.stale:
 		return StateStale
@@ -94,6 +94,12 @@ func (s *KeyRotationScheduler) state() State {
 		return StateUnprotected
 	}
 	return StateHold
+}
+
+// apart says that the ends have had different keys installed for longer than a
+// report can be on its way.
+func (s *KeyRotationScheduler) apart() bool {
+	return !s.differsSince.IsZero() && s.now.Sub(s.differsSince) > s.tunnel.config.Heartbeat
 }
 
 // foreign says that a dump which began after the last set shows another PSK.
