@@ -1,7 +1,6 @@
 package daemon
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -309,6 +308,3 @@ func sourceNames(s wire.Sources, kems []string) []string {
 	}
 	return names
 }
-
-// firstOf returns the first text that is not empty.
-func firstOf(texts ...string) string { return cmp.Or(texts...) }

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"time"
@@ -135,12 +136,12 @@ func (p *peer) warnings(now time.Time, s *control.PeerStatus, v rotation.View, h
 	}
 	stopped := s.Link.Error
 	if v.PeerStopped {
-		stopped = firstOf("the peer's rotator said goodbye", stopped)
+		stopped = cmp.Or("the peer's rotator said goodbye", stopped)
 	}
 	warn(s.Link.State == control.LinkDown, control.LinkIsDown, stopped)
 	warn(s.Link.State == control.LinkRefused, control.LinkIsRefused, s.Link.Error)
 	warn(len(s.Differences) > 0, control.ParametersDiffer, "")
-	warn(s.KMS != nil && s.KMS.State == control.KMSFailing, control.KMSFails, firstOf(p.kmsError, health.LastError))
+	warn(s.KMS != nil && s.KMS.State == control.KMSFailing, control.KMSFails, cmp.Or(p.kmsError, health.LastError))
 	warn(!v.Found && v.Sources != 0 && v.Sources != p.allSources(), control.SourcesReduced, "")
 	warn(s.Buffer.Len == 0 && s.State == control.PeerProtected && health.LastError != "", control.BufferEmpty, health.LastError)
 	warn(s.State == control.PeerRepairing, control.KeysDiffer, "")
