@@ -54,6 +54,7 @@ var packages = map[string]layer{
 	"internal/memnet":                world,
 	"internal/kms":                   adapter,
 	"internal/kms/etsi014":           adapter,
+	"internal/kms/kmstls":            adapter,
 	"internal/kmesim":                adapter,
 	"internal/wg":                    adapter,
 	"internal/link":                  adapter,

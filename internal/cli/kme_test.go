@@ -12,7 +12,9 @@ import (
 	"time"
 
 	"keyturn/internal/kmesim"
+	"keyturn/internal/kms"
 	"keyturn/internal/kms/etsi014"
+	"keyturn/internal/kms/kmstls"
 )
 
 // TestKme: the pair listens where it says, an SAE gets a key at one end and
@@ -87,13 +89,14 @@ func runKme(t *testing.T, log io.Writer, args ...string) (uris [2]string, stop f
 }
 
 // laboratorySource is SAE n of a laboratory, for the keys shared with another.
-func laboratorySource(t *testing.T, lab, uri string, n, peer int) *etsi014.Client {
+func laboratorySource(t *testing.T, lab, uri string, n, peer int) kms.Source {
 	t.Helper()
 	file := func(name string) string { return filepath.Join(lab, name) }
 	name := kmesim.SAEName(n)
 	system, err := etsi014.New(etsi014.Config{
-		URIs: []string{uri}, SAE: name, Certificate: file(name + ".crt"), SecretKey: file(name + ".key"),
-		RootCertificate: file("root.crt"), Method: "GET", Timeout: 5 * time.Second,
+		URIs: []string{uri}, SAE: name,
+		TLS:    kmstls.Config{Certificate: file(name + ".crt"), SecretKey: file(name + ".key"), RootCertificate: file("root.crt")},
+		Method: "GET", Timeout: 5 * time.Second,
 	})
 	if err != nil {
 		t.Fatal(err)

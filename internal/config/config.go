@@ -42,6 +42,7 @@ const (
 	MaxKEMs       = 8
 	MaxIdentities = 2
 	MaxURIs       = 16
+	MaxPins       = 2
 	MaxSAE        = 256 // bytes of an SAE ID
 )
 
@@ -131,6 +132,12 @@ type KMS struct {
 	// ServerName is the name in the KMS's certificate, where that is not the
 	// URI's host. Default: the URI's host.
 	ServerName string
+
+	// Pins name the KMS's certificate by its key, beside the authority that
+	// signed it, and instead of the URI's host: the SHA-256 of its
+	// SubjectPublicKeyInfo, as `keyturn kms test` prints it. One, or two while
+	// the certificate is being renewed. Default: none.
+	Pins [][32]byte
 
 	// Method is how keys are asked for with interface 14: GET, which every
 	// KMS understands, or POST. Default GET.

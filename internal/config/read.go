@@ -148,6 +148,7 @@ func kms(dst **KMS) reading {
 			{"secret_key", pathTo(&k.SecretKey, secret), "the path of the key of this end's certificate"},
 			{"root_certificate", pathTo(&k.RootCertificate, readable), "the path of the certificate that signed the KMS's"},
 			{"server_name", one(&k.ServerName, host), ""},
+			{"pin", several(&k.Pins, MaxPins, pin), ""},
 			{"method", one(&k.Method, oneOf(GET, POST)), ""},
 			{"timeout", one(&k.Timeout, timeout), ""},
 		})

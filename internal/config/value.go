@@ -161,6 +161,10 @@ func fingerprint(s string) ([32]byte, error) {
 	return key(s, "a rotator's identity", "keyturn pubkey < identity.key, at the other end")
 }
 
+func pin(s string) ([32]byte, error) {
+	return key(s, "the pin of a certificate's key", "keyturn kms test prints it")
+}
+
 // address reads host:port. The host may be empty, meaning all of this
 // machine's addresses, only where somebody listens.
 func address(listens bool) func(string) (string, error) {

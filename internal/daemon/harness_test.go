@@ -16,6 +16,7 @@ import (
 	"keyturn/internal/kmesim"
 	"keyturn/internal/kms"
 	"keyturn/internal/kms/etsi014"
+	"keyturn/internal/kms/kmstls"
 	"keyturn/internal/link"
 	"keyturn/internal/memnet"
 	"keyturn/internal/psk"
@@ -110,7 +111,7 @@ func start(t *testing.T, o options) (*system, func()) {
 		other := 1 - i
 		systemOf, err := etsi014.New(etsi014.Config{
 			URIs: []string{[]string{"https://kme-a:443", "https://kme-b:443"}[i]}, SAE: kmesim.SAEName(i + 1),
-			TLS: lab.ClientTLS(i + 1), Timeout: 5 * time.Second, Dial: site.Dial,
+			TLS: kmstls.Config{Memory: lab.ClientTLS(i + 1)}, Timeout: 5 * time.Second, Dial: site.Dial,
 		})
 		must(err)
 		t.Cleanup(func() { _ = systemOf.Close() })

@@ -7,36 +7,47 @@ import (
 	"keyturn/internal/config"
 	"keyturn/internal/kms"
 	"keyturn/internal/kms/etsi014"
+	"keyturn/internal/kms/kmstls"
 )
 
 // Sources are the key management systems of a configuration. Peers with the
 // same kms block share its connections.
 type Sources struct {
-	systems map[*config.KMS]*etsi014.KMS
+	systems map[*config.KMS]kms.System
 }
 
 // OpenSources reads the certificates of every kms block. It does not connect.
 func OpenSources(c *config.Config) (*Sources, error) {
-	s := &Sources{systems: map[*config.KMS]*etsi014.KMS{}}
+	s := &Sources{systems: map[*config.KMS]kms.System{}}
 	for _, p := range c.Peers {
-		k := p.KMS
-		if k == nil || s.systems[k] != nil {
+		if p.KMS == nil || s.systems[p.KMS] != nil {
 			continue
 		}
-		if k.Interface != config.ETSI014 {
-			return nil, errors.Join(fmt.Errorf("peer %s: kms interface %s is not supported by this version; 14 is", p.Name, k.Interface), s.Close())
-		}
-		m, err := etsi014.New(etsi014.Config{
-			URIs: k.URIs, SAE: k.SAE,
-			Certificate: k.Certificate, SecretKey: k.SecretKey, RootCertificate: k.RootCertificate,
-			ServerName: k.ServerName, Method: string(k.Method), Timeout: k.Timeout,
-		})
+		system, err := OpenKMS(p.KMS)
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("kms of peer %s: %w", p.Name, err), s.Close())
 		}
-		s.systems[k] = m
+		s.systems[p.KMS] = system
 	}
 	return s, nil
+}
+
+// OpenKMS opens one key management system by the interface that it speaks. It
+// does not connect.
+func OpenKMS(k *config.KMS) (kms.System, error) {
+	tls := kmstls.Config{
+		Certificate: k.Certificate, SecretKey: k.SecretKey, RootCertificate: k.RootCertificate,
+		ServerName: k.ServerName,
+	}
+	for _, pin := range k.Pins {
+		tls.Pins = append(tls.Pins, pin)
+	}
+	switch k.Interface {
+	case config.ETSI014:
+		return etsi014.New(etsi014.Config{URIs: k.URIs, SAE: k.SAE, TLS: tls, Method: string(k.Method), Timeout: k.Timeout})
+	default:
+		return nil, fmt.Errorf("interface %s is not supported by this version; 14 is", k.Interface)
+	}
 }
 
 // For returns the source of the keys shared with a peer, nil without QKD.

@@ -20,6 +20,7 @@ import (
 	"keyturn/internal/kmesim"
 	"keyturn/internal/kms"
 	"keyturn/internal/kms/etsi014"
+	"keyturn/internal/kms/kmstls"
 	"keyturn/internal/link"
 	"keyturn/internal/rotation"
 	"keyturn/internal/wg"
@@ -65,7 +66,7 @@ func newLab(ctx context.Context, g *errgroup.Group, watch func(host string, n ro
 		other := 1 - i
 		block := &config.KMS{Interface: config.ETSI014, URIs: []string{l.uris[i]}, SAE: kmesim.SAEName(i + 1)}
 		l.sources[i], err = etsi014.New(etsi014.Config{
-			URIs: block.URIs, SAE: block.SAE, TLS: certificates.ClientTLS(i + 1), Timeout: 5 * time.Second,
+			URIs: block.URIs, SAE: block.SAE, TLS: kmstls.Config{Memory: certificates.ClientTLS(i + 1)}, Timeout: 5 * time.Second,
 		})
 		if err != nil {
 			return nil, err

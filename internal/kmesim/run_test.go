@@ -15,6 +15,7 @@ import (
 	"keyturn/internal/kmesim"
 	"keyturn/internal/kms"
 	"keyturn/internal/kms/etsi014"
+	"keyturn/internal/kms/kmstls"
 )
 
 // start runs a pair on loopback until the test ends and returns its URIs.
@@ -44,14 +45,14 @@ func start(tb testing.TB, c kmesim.Config) (uriA, uriB string) {
 }
 
 // source connects SAE n to a KME, for the keys shared with another SAE.
-func source(tb testing.TB, lab *kmesim.Lab, uri string, n, peer int) *etsi014.Client {
+func source(tb testing.TB, lab *kmesim.Lab, uri string, n, peer int) kms.Source {
 	tb.Helper()
 	return connect(tb, etsi014.Config{
-		URIs: []string{uri}, SAE: kmesim.SAEName(n), TLS: lab.ClientTLS(n), Timeout: time.Second,
+		URIs: []string{uri}, SAE: kmesim.SAEName(n), TLS: kmstls.Config{Memory: lab.ClientTLS(n)}, Timeout: time.Second,
 	}, peer)
 }
 
-func connect(tb testing.TB, c etsi014.Config, peer int) *etsi014.Client {
+func connect(tb testing.TB, c etsi014.Config, peer int) kms.Source {
 	tb.Helper()
 	k, err := etsi014.New(c)
 	if err != nil {
@@ -147,7 +148,7 @@ func TestStrangers(t *testing.T) {
 	other := newLab(t)
 	conf := lab.ClientTLS(1)
 	conf.Certificates = other.ClientTLS(1).Certificates
-	s := connect(t, etsi014.Config{URIs: []string{uriA}, SAE: "sae_001", TLS: conf}, 2)
+	s := connect(t, etsi014.Config{URIs: []string{uriA}, SAE: "sae_001", TLS: kmstls.Config{Memory: conf}}, 2)
 	if _, _, err := s.Key(t.Context()); !errors.Is(err, kms.ErrRefused) {
 		t.Errorf("foreign certificate: %v, want ErrRefused", err)
 	}
@@ -179,9 +180,11 @@ func TestDirectory(t *testing.T) {
 	for i, uri := range []string{uriA, uriB} {
 		name := kmesim.SAEName(i + 1)
 		ends[i] = connect(t, etsi014.Config{
-			URIs: []string{uri + "/api/v1/keys"}, SAE: name, ServerName: []string{"kms.example.org", "kme-b"}[i],
-			Certificate: file(name + ".crt"), SecretKey: file(name + ".key"), RootCertificate: file("root.crt"),
-			Method: "POST",
+			URIs: []string{uri + "/api/v1/keys"}, SAE: name, Method: "POST",
+			TLS: kmstls.Config{
+				Certificate: file(name + ".crt"), SecretKey: file(name + ".key"), RootCertificate: file("root.crt"),
+				ServerName: []string{"kms.example.org", "kme-b"}[i],
+			},
 		}, 2-i)
 	}
 	if err := exchange(t.Context(), ends[0], ends[1]); err != nil {

@@ -46,6 +46,16 @@ type Source interface {
 	Close() error
 }
 
+// A System is one key management system as one SAE of ours sees it: it opens
+// the sources of the keys shared with each peer, which share its connections.
+type System interface {
+	// For returns the source of the keys shared with a peer's SAE. It does not
+	// connect.
+	For(peerSAE string) (Source, error)
+	// Close closes the connections. The sources are not used after it.
+	Close() error
+}
+
 // Status is what a KMS says about itself. It may be wrong, and zero where the
 // KMS says nothing: show it, do not act on it. The texts are foreign, bounded
 // and printable.

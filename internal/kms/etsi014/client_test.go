@@ -22,6 +22,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"keyturn/internal/kms"
+	"keyturn/internal/kms/kmstls"
 	"keyturn/internal/psk"
 )
 
@@ -559,7 +560,7 @@ func TestTurnsEnd(t *testing.T) {
 		n.serve("kme-a", silent)
 		s := n.source(Config{})
 		for range maxRequests {
-			s.kms.slots <- struct{}{}
+			s.(*Client).kms.slots <- struct{}{}
 		}
 		_, _, err := s.Key(t.Context())
 		want := "fetch key: https://kme-a: 16 requests under way for 5s"
@@ -664,11 +665,11 @@ func TestVerification(t *testing.T) {
 					client = func(string) tls.Certificate { return tt.client(&n.authority) }
 				}
 				cert := client("sae_001")
-				s := n.source(Config{ServerName: tt.serverName, TLS: &tls.Config{
+				s := n.source(Config{TLS: kmstls.Config{ServerName: tt.serverName, Memory: &tls.Config{
 					RootCAs: n.pool(),
 					// Certificates would keep one back that the server's roots do not cover.
 					GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil },
-				}})
+				}}})
 				_, _, err := s.Key(t.Context())
 				got, want := "", tt.want
 				if err != nil {
@@ -709,7 +710,7 @@ func TestCertificateChanges(t *testing.T) {
 		})
 		root, _ := write(t, dir, "root", tls.Certificate{Certificate: [][]byte{n.cert.Raw}, PrivateKey: n.key})
 		cert, key := write(t, dir, "sae", n.client("old"))
-		s := n.source(Config{Certificate: cert, SecretKey: key, RootCertificate: root})
+		s := n.source(Config{TLS: kmstls.Config{Certificate: cert, SecretKey: key, RootCertificate: root}})
 		use := func() {
 			t.Helper()
 			if _, _, err := s.Key(t.Context()); err != nil {
@@ -752,12 +753,12 @@ func TestNewRefuses(t *testing.T) {
 	locked := file("locked.key", "-----BEGIN ENCRYPTED PRIVATE KEY-----\n", 0o600)
 	empty := file("empty.crt", "", 0o644)
 	huge := file("huge.crt", "", 0o644)
-	if err := os.Truncate(huge, maxPEM+1); err != nil {
+	if err := os.Truncate(huge, 1<<20+1); err != nil {
 		t.Fatal(err)
 	}
 
 	good := func() Config {
-		return Config{URIs: []string{"https://kme-a"}, SAE: "sae_001", Certificate: cert, SecretKey: key, RootCertificate: root}
+		return Config{URIs: []string{"https://kme-a"}, SAE: "sae_001", TLS: kmstls.Config{Certificate: cert, SecretKey: key, RootCertificate: root}}
 	}
 	if _, err := New(good()); err != nil {
 		t.Fatal(err)
@@ -781,21 +782,21 @@ func TestNewRefuses(t *testing.T) {
 		{"method", func(c *Config) { c.Method = "PUT" }, `method "PUT" is neither GET nor POST`},
 		{"timeout", func(c *Config) { c.Timeout = -1 }, "timeout -1ns is not between 0 and 1m0s"},
 		{"long timeout", func(c *Config) { c.Timeout = time.Hour }, "timeout 1h0m0s is not between 0 and 1m0s"},
-		{"no root", func(c *Config) { c.RootCertificate = "" }, "no root certificate: the KMS could not be verified"},
-		{"root missing", func(c *Config) { c.RootCertificate = dir + "/none" }, "open " + dir + "/none: no such file or directory"},
-		{"root empty", func(c *Config) { c.RootCertificate = empty }, empty + ": no certificate in PEM form"},
-		{"root a directory", func(c *Config) { c.RootCertificate = dir }, dir + ": not a regular file"},
-		{"root huge", func(c *Config) { c.RootCertificate = huge }, huge + ": 1048577 bytes, over 1048576"},
-		{"no certificate", func(c *Config) { c.Certificate = "" }, "certificate or secret key is missing"},
-		{"certificate empty", func(c *Config) { c.Certificate = empty }, empty + " and " + key + ": tls: failed to find any PEM data in certificate input"},
-		{"others read the key", func(c *Config) { c.SecretKey = open }, open + ": mode 0640 lets others at the secret key, not 0600"},
-		{"encrypted key", func(c *Config) { c.SecretKey = locked }, locked + ": the key is encrypted, and nobody is here to type its passphrase"},
-		{"another's key", func(c *Config) { c.SecretKey = other }, cert + " and " + other + ": tls: private key does not match public key"},
-		{"files and memory", func(c *Config) { c.TLS = &tls.Config{RootCAs: a.pool()} }, "certificates are given both as files and in memory"},
+		{"no root", func(c *Config) { c.TLS.RootCertificate = "" }, "no root certificate: the KMS could not be verified"},
+		{"root missing", func(c *Config) { c.TLS.RootCertificate = dir + "/none" }, "open " + dir + "/none: no such file or directory"},
+		{"root empty", func(c *Config) { c.TLS.RootCertificate = empty }, empty + ": no certificate in PEM form"},
+		{"root a directory", func(c *Config) { c.TLS.RootCertificate = dir }, dir + ": not a regular file"},
+		{"root huge", func(c *Config) { c.TLS.RootCertificate = huge }, huge + ": 1048577 bytes, over 1048576"},
+		{"no certificate", func(c *Config) { c.TLS.Certificate = "" }, "certificate or secret key is missing"},
+		{"certificate empty", func(c *Config) { c.TLS.Certificate = empty }, empty + " and " + key + ": tls: failed to find any PEM data in certificate input"},
+		{"others read the key", func(c *Config) { c.TLS.SecretKey = open }, open + ": mode 0640 lets others at the secret key, not 0600"},
+		{"encrypted key", func(c *Config) { c.TLS.SecretKey = locked }, locked + ": the key is encrypted, and nobody is here to type its passphrase"},
+		{"another's key", func(c *Config) { c.TLS.SecretKey = other }, cert + " and " + other + ": tls: private key does not match public key"},
+		{"files and memory", func(c *Config) { c.TLS.Memory = &tls.Config{RootCAs: a.pool()} }, "certificates are given both as files and in memory"},
 		{"no verification", func(c *Config) {
-			*c = Config{URIs: c.URIs, SAE: c.SAE, TLS: &tls.Config{RootCAs: a.pool(), InsecureSkipVerify: true}}
+			*c = Config{URIs: c.URIs, SAE: c.SAE, TLS: kmstls.Config{Memory: &tls.Config{RootCAs: a.pool(), InsecureSkipVerify: true}}}
 		}, "TLS configuration does not verify the KMS"},
-		{"no roots in memory", func(c *Config) { *c = Config{URIs: c.URIs, SAE: c.SAE, TLS: &tls.Config{}} }, "TLS configuration does not verify the KMS"},
+		{"no roots in memory", func(c *Config) { *c = Config{URIs: c.URIs, SAE: c.SAE, TLS: kmstls.Config{Memory: &tls.Config{}}} }, "TLS configuration does not verify the KMS"},
 	} {
 		c := good()
 		tt.edit(&c)

@@ -22,6 +22,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"keyturn/internal/kms"
 )
 
 // authority issues certificates that are valid in a synctest bubble, too.
@@ -215,8 +217,8 @@ func (n *network) kms(c Config) *KMS {
 	if len(c.URIs) == 0 {
 		c.URIs = []string{"https://kme-a"}
 	}
-	if c.TLS == nil && c.Certificate == "" {
-		c.TLS = &tls.Config{Certificates: []tls.Certificate{n.client("sae_001")}, RootCAs: n.pool()}
+	if c.TLS.Memory == nil && c.TLS.Certificate == "" {
+		c.TLS.Memory = &tls.Config{Certificates: []tls.Certificate{n.client("sae_001")}, RootCAs: n.pool()}
 	}
 	k, err := New(c)
 	if err != nil {
@@ -228,7 +230,7 @@ func (n *network) kms(c Config) *KMS {
 }
 
 // source is the source of sae_002's keys at k.
-func (n *network) source(c Config) *Client {
+func (n *network) source(c Config) kms.Source {
 	n.t.Helper()
 	s, err := n.kms(c).For("sae_002")
 	if err != nil {

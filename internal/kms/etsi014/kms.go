@@ -21,6 +21,7 @@ import (
 	"unicode/utf8"
 
 	"keyturn/internal/kms"
+	"keyturn/internal/kms/kmstls"
 )
 
 // Limits of one KMS.
@@ -52,17 +53,8 @@ type Config struct {
 	// SAE is our own SAE ID. The KMS takes it from the certificate.
 	SAE string
 
-	// Certificate, SecretKey and RootCertificate are paths of PEM files. The
-	// first two are read again when they change. A secret key that others can
-	// read is refused.
-	Certificate, SecretKey, RootCertificate string
-	// TLS stands in for the three files where a program holds its certificates
-	// in memory. Its RootCAs must be set.
-	TLS *tls.Config
-	// ServerName is the name in the KMS's certificate where that is not the
-	// host of the URI. It also serves certificates without a subject
-	// alternative name, whose common name it is compared with.
-	ServerName string
+	// TLS says how to prove who we are, and what the KMS has to prove.
+	TLS kmstls.Config
 
 	// Dial connects to a KMS; nil: over the network.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
@@ -119,7 +111,7 @@ func New(c Config) (*KMS, error) {
 		}
 		k.uris = append(k.uris, e)
 	}
-	conf, err := clientTLS(&c)
+	conf, err := c.TLS.Client(tls.VersionTLS12)
 	if err != nil {
 		return nil, err
 	}
@@ -145,7 +137,7 @@ func New(c Config) (*KMS, error) {
 
 // For returns the source of the keys shared with a peer. It costs a few words
 // of memory; the connections are those of k.
-func (k *KMS) For(peerSAE string) (*Client, error) {
+func (k *KMS) For(peerSAE string) (kms.Source, error) {
 	if err := checkSAE(peerSAE); err != nil {
 		return nil, err
 	}
@@ -205,4 +197,4 @@ func printable(s string) bool {
 	return utf8.ValidString(s) && strings.IndexFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) < 0
 }
 
-var _ kms.Source = (*Client)(nil)
+var _ kms.System = (*KMS)(nil)

@@ -1,13 +1,20 @@
-package etsi014
+// Package kmstls makes the TLS side of a client of a key management system:
+// both ends prove themselves by certificates, whatever is spoken above. It owns
+// what certificates of real systems are known to lack, and never skips the
+// verification of one.
+package kmstls
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -16,19 +23,47 @@ import (
 // maxPEM bounds a certificate or key file.
 const maxPEM = 1 << 20
 
-// clientTLS makes the TLS side of c: our certificate, read again when its
-// files change, and what the KMS has to prove.
-func clientTLS(c *Config) (*tls.Config, error) {
+// Pin is the SHA-256 of a certificate's SubjectPublicKeyInfo (RFC 7469, 2.4).
+type Pin [sha256.Size]byte
+
+// String returns the form of the configuration: padded standard base64.
+func (p Pin) String() string { return base64.StdEncoding.EncodeToString(p[:]) }
+
+// PinOf returns the pin of a certificate.
+func PinOf(c *x509.Certificate) Pin { return sha256.Sum256(c.RawSubjectPublicKeyInfo) }
+
+// Config says how we prove who we are to a KMS, and what it has to prove.
+type Config struct {
+	// Certificate, SecretKey and RootCertificate are paths of PEM files. The
+	// first two are read again when they change. A secret key that others can
+	// read is refused.
+	Certificate, SecretKey, RootCertificate string
+	// Memory stands in for the three files where a program holds its
+	// certificates in memory. Its RootCAs must be set.
+	Memory *tls.Config
+	// ServerName is the name in the KMS's certificate where that is not the
+	// host of the URI. It also serves certificates without a subject
+	// alternative name, whose common name it is compared with.
+	ServerName string
+	// Pins, where there are any, name the KMS's certificate by its key: one of
+	// them has to match, beside the chain up to the root. The URI's host does
+	// not count then; ServerName does if it is given.
+	Pins []Pin
+}
+
+// Client returns the configuration of a TLS client. minimum is the lowest
+// version that the interface permits.
+func (c Config) Client(minimum uint16) (*tls.Config, error) {
 	var conf *tls.Config
-	if c.TLS != nil {
+	if c.Memory != nil {
 		if c.Certificate != "" || c.SecretKey != "" || c.RootCertificate != "" {
 			return nil, errors.New("certificates are given both as files and in memory")
 		}
-		if c.TLS.RootCAs == nil || c.TLS.InsecureSkipVerify {
+		if c.Memory.RootCAs == nil || c.Memory.InsecureSkipVerify {
 			return nil, errors.New("TLS configuration does not verify the KMS")
 		}
-		conf = c.TLS.Clone()
-		conf.MinVersion = max(conf.MinVersion, tls.VersionTLS12)
+		conf = c.Memory.Clone()
+		conf.MinVersion = max(conf.MinVersion, minimum)
 	} else {
 		roots, err := readRoots(c.RootCertificate)
 		if err != nil {
@@ -39,28 +74,27 @@ func clientTLS(c *Config) (*tls.Config, error) {
 			return nil, err
 		}
 		conf = &tls.Config{
-			MinVersion:           tls.VersionTLS12,
+			MinVersion:           minimum,
 			RootCAs:              roots,
 			GetClientCertificate: p.get,
 		}
 	}
-	if c.ServerName != "" {
+	if c.ServerName != "" || len(c.Pins) > 0 {
 		conf.ServerName = c.ServerName
-		// crypto/tls has no other way to let a common name count. Nothing is
-		// skipped: verifyNamed builds the same chain, then compares the name.
+		// crypto/tls has no other way to let a common name or a pin count.
+		// Nothing is skipped: verify builds the same chain, then compares.
 		conf.InsecureSkipVerify = true
 		roots, now := conf.RootCAs, conf.Time
 		conf.VerifyConnection = func(s tls.ConnectionState) error {
-			return verifyNamed(s.PeerCertificates, roots, now, c.ServerName)
+			return verify(s.PeerCertificates, roots, now, c.ServerName, c.Pins)
 		}
 	}
 	return conf, nil
 }
 
-// verifyNamed verifies chain up to roots and that its leaf is for name: by its
-// subject alternative names, or, where it has none at all, by its common name,
-// for such certificates occur in KMEs.
-func verifyNamed(chain []*x509.Certificate, roots *x509.CertPool, now func() time.Time, name string) error {
+// verify verifies chain up to roots, that its leaf is for name, unless that is
+// empty, and has one of pins, unless there are none.
+func verify(chain []*x509.Certificate, roots *x509.CertPool, now func() time.Time, name string, pins []Pin) error {
 	if len(chain) == 0 {
 		return errors.New("kms sent no certificate")
 	}
@@ -73,17 +107,36 @@ func verifyNamed(chain []*x509.Certificate, roots *x509.CertPool, now func() tim
 		opts.Intermediates.AddCert(c)
 	}
 	_, err := leaf.Verify(opts)
-	if err == nil {
-		if hasSAN(leaf) {
-			err = leaf.VerifyHostname(name)
-		} else if !strings.EqualFold(leaf.Subject.CommonName, name) {
-			err = fmt.Errorf("certificate is for %q, not %q", leaf.Subject.CommonName, name)
-		}
+	if err == nil && name != "" {
+		err = verifyName(leaf, name)
+	}
+	if err == nil && len(pins) > 0 {
+		err = verifyPin(leaf, pins)
 	}
 	if err != nil {
 		return &tls.CertificateVerificationError{UnverifiedCertificates: chain, Err: err}
 	}
 	return nil
+}
+
+// verifyName compares the subject alternative names, or, where there are none
+// at all, the common name: such certificates occur in KMEs.
+func verifyName(leaf *x509.Certificate, name string) error {
+	if hasSAN(leaf) {
+		return leaf.VerifyHostname(name)
+	}
+	if !strings.EqualFold(leaf.Subject.CommonName, name) {
+		return fmt.Errorf("certificate is for %q, not %q", leaf.Subject.CommonName, name)
+	}
+	return nil
+}
+
+func verifyPin(leaf *x509.Certificate, pins []Pin) error {
+	got := PinOf(leaf)
+	if slices.Contains(pins, got) {
+		return nil
+	}
+	return fmt.Errorf("certificate's key has the pin %s, which is none of those configured", got)
 }
 
 func hasSAN(c *x509.Certificate) bool {
