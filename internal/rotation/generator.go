@@ -24,7 +24,8 @@ type KeyGenerator struct {
 	boot    bootstrap
 	rounds  []*round // under way, by rising serial; those still fetching (client) come last
 	fetches uint64
-	asked   int // fetches without an answer, also those whose round has ended
+	asked   int          // fetches without an answer, also those whose round has ended
+	suspect wire.Sources // client: what the next round leaves out, if require allows (E9)
 
 	failures  int // of rounds, in a row
 	notBefore time.Time
@@ -36,13 +37,16 @@ type KeyGenerator struct {
 	metIDs    memory[string]
 }
 
+// qkd is the source that the KMS delivers.
+const qkd wire.Sources = 1
+
 // NewKeyGenerator returns the generator of a tunnel, in hold.
 func NewKeyGenerator(t *Tunnel) *KeyGenerator { return &KeyGenerator{tunnel: t} }
 
 // round is one establishment. Its serial is zero until the client proposes.
 type round struct {
 	serial   uint64
-	fetch    uint64
+	fetch    uint64 // zero unless the KMS is being asked
 	since    time.Time
 	sources  wire.Sources
 	keyID    string
@@ -107,6 +111,9 @@ func (g *KeyGenerator) Deadline() (time.Time, bool) {
 	}
 	for _, r := range g.rounds {
 		soonest(r.since.Add(roundTimeout))
+		if g.dispensable(r) {
+			soonest(r.since.Add(patience))
+		}
 	}
 	if g.tunnel.linked && g.tunnel.config.Role == Client {
 		if !g.boot.answered && g.tunnel.bootable() {
@@ -162,7 +169,7 @@ func (g *KeyGenerator) current(s wire.SessionID) bool {
 // wanting is how many rounds may be started now, the backoff aside.
 func (g *KeyGenerator) wanting() int {
 	t := g.tunnel
-	if t.config.Role != Client || !t.linked || !t.accepted || g.asked >= 2*maxRounds {
+	if t.config.Role != Client || !t.linked || !t.accepted || g.drowned() && !g.enough(g.all()&^qkd) {
 		return 0
 	}
 	most := maxRounds
@@ -175,16 +182,52 @@ func (g *KeyGenerator) wanting() int {
 // fill is E1: the client starts rounds while its buffer is not full.
 func (g *KeyGenerator) fill() {
 	for g.wanting() > 0 && !g.now.Before(g.notBefore) {
-		g.fetches++
-		r := &round{fetch: g.fetches, since: g.now, sources: g.all()}
+		r := &round{since: g.now, sources: g.all()}
 		g.rounds = append(g.rounds, r)
-		if r.sources.QKD() {
-			g.asked++
-			g.out = append(g.out, Fetch{ID: r.fetch})
-		} else if !g.offer(r) {
+		if less := r.sources &^ g.suspect; less != r.sources {
+			g.leaveOut(r, less, "the last key differed at the two ends")
+			g.suspect = 0
+		}
+		switch {
+		case !r.sources.QKD():
+		case g.drowned():
+			g.leaveOut(r, r.sources&^qkd, unanswered)
+		default:
+			g.fetch(r, "")
+			continue
+		}
+		if !g.offer(r) {
 			return
 		}
 	}
+}
+
+// fetch asks the KMS for a round's key, at the server by its ID.
+func (g *KeyGenerator) fetch(r *round, id string) {
+	g.fetches++
+	g.asked++
+	r.fetch = g.fetches
+	g.out = append(g.out, Fetch{ID: r.fetch, KeyID: id})
+}
+
+// drowned reports that so many requests wait for the KMS that no more are made.
+func (g *KeyGenerator) drowned() bool { return g.asked >= 2*maxRounds }
+
+const unanswered = "the KMS does not answer"
+
+// leaveOut goes on with fewer sources, which the policy must allow, for this
+// key only.
+func (g *KeyGenerator) leaveOut(r *round, less wire.Sources, why string) {
+	g.note(NoteReduced, wire.Named{Serial: r.serial}, fmt.Sprintf("without %v: %s", r.sources&^less, why))
+	r.sources = less
+	if !less.QKD() {
+		r.fetch, r.keyID = 0, ""
+	}
+}
+
+// dispensable reports that a round waits for the KMS and could do without.
+func (g *KeyGenerator) dispensable(r *round) bool {
+	return r.fetch != 0 && g.enough(r.sources&^qkd)
 }
 
 // all returns the configured sources.
@@ -192,7 +235,7 @@ func (g *KeyGenerator) all() wire.Sources {
 	p := &g.tunnel.config.Parameters
 	s := wire.Sources(1<<len(p.KEMs)-1) << 1
 	if p.QKD {
-		s |= 1
+		s |= qkd
 	}
 	return s
 }
@@ -209,7 +252,7 @@ func (g *KeyGenerator) enough(s wire.Sources) bool {
 	case RequireQKD:
 		return s.QKD()
 	case RequirePQC:
-		return s|1 == all|1 && s>>1 != 0
+		return s|qkd == all|qkd && s&^qkd != 0
 	case RequireAny:
 		return s != 0
 	}
@@ -219,11 +262,12 @@ func (g *KeyGenerator) enough(s wire.Sources) bool {
 // fetched is E2 at the client and E3 at the server.
 func (g *KeyGenerator) fetched(e Fetched) {
 	g.asked--
-	r := g.find(func(r *round) bool { return r.fetch == e.ID && r.qkd == nil })
+	r := g.find(func(r *round) bool { return r.fetch == e.ID })
 	if r == nil {
 		e.Key.Wipe() // the round has ended; a delivered key is not used for another
 		return
 	}
+	r.fetch = 0
 	err := e.Err
 	if err == nil && e.Key.IsZero() {
 		err = psk.ErrZero
@@ -234,9 +278,8 @@ func (g *KeyGenerator) fetched(e Fetched) {
 	if err != nil {
 		e.Key.Wipe()
 		g.kmsError = err.Error()
-		if less := r.sources &^ 1; g.enough(less) {
-			g.note(NoteReduced, wire.Named{Serial: r.serial}, "without QKD: "+err.Error())
-			r.sources, r.keyID = less, ""
+		if less := r.sources &^ qkd; g.enough(less) {
+			g.leaveOut(r, less, err.Error())
 		} else {
 			g.abandon(r, "qkd: "+err.Error())
 			return
@@ -246,6 +289,11 @@ func (g *KeyGenerator) fetched(e Fetched) {
 		g.metIDs.add(e.KeyID)
 		r.qkd, r.keyID = e.Key, e.KeyID
 	}
+	g.proceed(r)
+}
+
+// proceed goes on with a round that waits for its QKD key no longer.
+func (g *KeyGenerator) proceed(r *round) {
 	if g.tunnel.config.Role == Client {
 		g.offer(r)
 	} else {
@@ -369,7 +417,7 @@ func (g *KeyGenerator) propose(m *wire.Propose) {
 	case !g.enough(m.Sources):
 		g.refuseRound(r, fmt.Sprintf("sources %v are not what the policy requires", m.Sources))
 		return
-	case len(g.rounds) >= 2*maxRounds || g.asked >= 2*maxRounds:
+	case len(g.rounds) >= 2*maxRounds || m.Sources.QKD() && g.drowned() && !g.enough(m.Sources&^qkd):
 		g.refuseRound(r, "too many rounds are under way")
 		return
 	case m.Sources.QKD() && g.metIDs.has(m.KeyID):
@@ -386,11 +434,15 @@ func (g *KeyGenerator) propose(m *wire.Propose) {
 	}
 	g.rounds = append(g.rounds, r)
 	g.sort()
-	if m.Sources.QKD() {
-		g.fetches++
-		r.fetch = g.fetches
-		g.asked++
-		g.out = append(g.out, Fetch{ID: r.fetch, KeyID: m.KeyID})
+	if m.Sources != g.all() {
+		g.note(NoteReduced, wire.Named{Serial: r.serial}, fmt.Sprintf("the peer has only %v", m.Sources))
+	}
+	switch {
+	case !m.Sources.QKD():
+	case g.drowned():
+		g.leaveOut(r, m.Sources&^qkd, unanswered)
+	default:
+		g.fetch(r, m.KeyID)
 		return
 	}
 	g.answer(r)
@@ -440,12 +492,14 @@ func (g *KeyGenerator) reply(m *wire.Reply) {
 	r.reply = m
 	ciphertexts, err := g.encapsulate(r, m.EncapsulationKeys)
 	if err != nil {
+		g.doubt(r)
 		g.abandon(r, err.Error())
 		return
 	}
 	finish := &wire.Finish{Session: m.Session, Serial: r.serial, Ciphertexts: ciphertexts}
 	key, err := g.combine(r, m.Ciphertexts, finish)
 	if err != nil {
+		g.doubt(r)
 		g.abandon(r, err.Error())
 		return
 	}
@@ -515,6 +569,7 @@ func (g *KeyGenerator) doneBy(m *wire.Done) {
 		return
 	}
 	if !psk.EqualDigests(r.expected, m.Digest) {
+		g.doubt(r)
 		g.abandon(r, "digest differs")
 		return
 	}
@@ -605,6 +660,7 @@ func (g *KeyGenerator) abandoned(m *wire.Abandon) {
 	if r == nil {
 		return
 	}
+	g.doubt(r)
 	g.fail(r, "the peer says: "+m.Reason)
 }
 
@@ -626,6 +682,23 @@ func (g *KeyGenerator) turnDown(r *round, reason string) {
 	g.send(&wire.Abandon{Session: g.tunnel.session, Serial: r.serial, Reason: printable(reason), High: g.tunnel.high})
 }
 
+// doubt is told of a round of the client that failed although both ends had
+// all of it: one of the sources gave the ends different secrets. Which, nobody
+// can tell, so the next round does without what may be missing, QKD first: a
+// KMS is another party, a KEM the peer that has proved itself.
+func (g *KeyGenerator) doubt(r *round) {
+	if r.reply == nil || g.tunnel.config.Role != Client {
+		return
+	}
+	g.suspect = 0
+	for _, s := range []wire.Sources{qkd, g.all() &^ qkd} {
+		if r.sources&s != 0 && g.enough(r.sources&^s) {
+			g.suspect = s
+			return
+		}
+	}
+}
+
 func (g *KeyGenerator) fail(r *round, reason string) {
 	g.drop(r)
 	g.failures++
@@ -639,8 +712,15 @@ func (g *KeyGenerator) fail(r *round, reason string) {
 // expire gives up rounds that take too long.
 func (g *KeyGenerator) expire() {
 	for _, r := range slices.Clone(g.rounds) {
-		if !g.now.Before(r.since.Add(roundTimeout)) && slices.Contains(g.rounds, r) {
+		if !slices.Contains(g.rounds, r) {
+			continue
+		}
+		switch age := g.now.Sub(r.since); {
+		case age >= roundTimeout:
 			g.abandon(r, "no answer in time")
+		case age >= patience && g.dispensable(r):
+			g.leaveOut(r, r.sources&^qkd, unanswered)
+			g.proceed(r)
 		}
 	}
 }

@@ -84,6 +84,7 @@ const (
 	restoreReset = 10 * time.Minute       // foreign changes further apart are not recurring
 	restoreMax   = time.Minute            // longest backoff against a recurring foreign change
 	roundTimeout = 10 * time.Second       // E1 to E6
+	patience     = 6 * time.Second        // E2, E4: for a KMS that may be left out; the other end waits for 10 s
 	roundBackoff = 500 * time.Millisecond // after the first failed round, doubled up to:
 	roundMaxWait = 5 * time.Second
 	silentBeats  = 4  // L5: heartbeats that may be missing
