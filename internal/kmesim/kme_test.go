@@ -193,10 +193,10 @@ func TestStoreIsBounded(t *testing.T) {
 			call(p.B, "sae_002", "GET", api+"sae_001/dec_keys?key_ID="+ids[0], "")
 		}
 	}
-	if n := p.A.store.stored(); n != 4 {
+	if n := p.B.store.waiting(); n != 4 {
 		t.Errorf("%d keys stored, want 4", n)
 	}
-	if n := len(p.A.store.order); n > 8 {
+	if n := len(p.B.store.order); n > 8 {
 		t.Errorf("%d IDs in order, want 8 at most", n)
 	}
 	if code, _ := call(p.B, "sae_002", "GET", api+"sae_001/dec_keys?key_ID="+all[0], ""); code != 400 {
@@ -216,19 +216,22 @@ func TestRandomFails(t *testing.T) {
 }
 
 func TestParseFault(t *testing.T) {
-	for k := range faultNames {
+	for k := range faults {
 		f := Fault{Kind: FaultKind(k)}
-		if f.Kind == Slow {
+		switch f.Kind {
+		case Slow, Drip:
 			f.Delay = 1500 * time.Millisecond
+		case Page:
+			f.Code, f.Shape = 404, "text"
 		}
 		if got, err := ParseFault(f.String()); err != nil || got != f {
 			t.Errorf("ParseFault(%q) = %v, %v", f, got, err)
 		}
 	}
 	for _, tt := range []struct{ text, want string }{
-		{"", `unknown fault "": one of healthy, out-of-keys, late, slow, wrong-bytes, wrong-size, lost, html, down, silent`},
-		{"slow", `fault "slow": only slow has a value, as slow=2s`},
-		{"down=1s", `fault "down=1s": only slow has a value, as slow=2s`},
+		{"", `unknown fault "": one of healthy, out-of-keys, late, out-of-step, slow, drip, wrong-bytes, wrong-size, lost, html, page, down, silent, silent-tls, expired, cut`},
+		{"slow", `fault "slow": slow needs a delay, as slow=2s`},
+		{"down=1s", `fault "down=1s": down has no value`},
 		{"slow=-1s", `fault "slow=-1s": delay is not between 0 and 10m0s`},
 		{"slow=1h", `fault "slow=1h": delay is not between 0 and 10m0s`},
 		{"slow=soon", `fault "slow=soon": delay is not between 0 and 10m0s`},
@@ -246,7 +249,7 @@ func TestParseFault(t *testing.T) {
 func TestSlow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := New(Options{})
-		p.A.SetFault(Fault{Slow, 3 * time.Second})
+		p.A.SetFault(Fault{Kind: Slow, Delay: 3 * time.Second})
 		began := time.Now()
 		if code, _ := call(p.A, "sae_001", "GET", api+"sae_002/status", ""); code != 200 {
 			t.Error(code)

@@ -98,7 +98,8 @@ func NewLab(o LabOptions) (*Lab, error) {
 			DNSNames:    names,
 			IPAddresses: addresses,
 			KeyUsage:    x509.KeyUsageDigitalSignature,
-			ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+			// The KMEs are each other's clients.
+			ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 		})
 		if err != nil {
 			return nil, err
