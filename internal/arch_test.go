@@ -52,6 +52,7 @@ var packages = map[string]layer{
 	"internal/rotation":              core,
 	"internal/rotation/rotationtest": world,
 	"internal/memnet":                world,
+	"internal/testca":                world,
 	"internal/kms":                   adapter,
 	"internal/kms/etsi014":           adapter,
 	"internal/kms/kmstls":            adapter,

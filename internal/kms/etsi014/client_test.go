@@ -4,16 +4,11 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
-	"os"
-	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -24,6 +19,7 @@ import (
 	"keyturn/internal/kms"
 	"keyturn/internal/kms/kmstls"
 	"keyturn/internal/psk"
+	"keyturn/internal/testca"
 )
 
 const (
@@ -454,11 +450,11 @@ func TestFailover(t *testing.T) {
 		{"cut", cut, ok(keyAnswer), "Key", [2]int{1, 1}, ""},
 		{"silent", silent, ok(keyAnswer), "Key", [2]int{1, 1}, ""},
 		{"refused", says(401, "", ""), ok(keyAnswer), "Key", [2]int{1, 0},
-			"fetch key: https://kme-x: connection to kme-x:443 refused; kms refuses: https://kme-a answered 401"},
+			"fetch key: https://kme-x: dial kme-x:443: unreachable; kms refuses: https://kme-a answered 401"},
 		{"all", says(500, "", ""), says(503, "", ""), "Key", [2]int{1, 1},
-			"fetch key: https://kme-x: connection to kme-x:443 refused; https://kme-a answered 500; kms has no key now: https://kme-b answered 503"},
+			"fetch key: https://kme-x: dial kme-x:443: unreachable; https://kme-a answered 500; kms has no key now: https://kme-b answered 503"},
 		{"lost after a refusal", says(503, "", ""), cut, "KeyByID", [2]int{1, 1},
-			`fetch key "` + testID + `": https://kme-x: connection to kme-x:443 refused; kms does not know this key ID: https://kme-a answered 503; https://kme-b: connection closed before the end of the answer`},
+			`fetch key "` + testID + `": https://kme-x: dial kme-x:443: unreachable; kms does not know this key ID: https://kme-a answered 503; https://kme-b: connection closed before the end of the answer`},
 	} {
 		t.Run(tt.name+" "+tt.call, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -613,64 +609,45 @@ func TestKeyIDIsEscaped(t *testing.T) {
 	})
 }
 
-func TestVerification(t *testing.T) {
-	bare := func(cn string) func(*authority) tls.Certificate {
-		return func(a *authority) tls.Certificate {
-			return a.issue(x509.Certificate{Subject: pkix.Name{CommonName: cn}})
-		}
-	}
+// TestTrust: what comes of certificates that one end or the other does not
+// like. Which those are, kmstls says.
+func TestTrust(t *testing.T) {
 	for _, tt := range []struct {
-		name, serverName string
-		cert             func(*authority) tls.Certificate
-		client           func(*authority) tls.Certificate
-		want             string // error, or empty
+		name string
+		edit func(n *network, foreign *testca.Authority, kme *tls.Config, c *kmstls.Config)
+		want string // error, or empty
 	}{
-		{"right name", "", func(a *authority) tls.Certificate { return a.server("kme-a") }, nil, ""},
-		{"other name", "", func(a *authority) tls.Certificate { return a.server("kme-b") }, nil,
-			"kms refuses: certificate of https://kme-a: x509: certificate is valid for kme-b, not kme-a"},
-		{"server_name", "kme-b", func(a *authority) tls.Certificate { return a.server("kme-b") }, nil, ""},
-		{"wrong server_name", "kme-c", func(a *authority) tls.Certificate { return a.server("kme-a") }, nil,
-			"kms refuses: certificate of https://kme-a: x509: certificate is valid for kme-a, not kme-c"},
-		{"no SAN", "", bare("kme-a"), nil,
-			"kms refuses: certificate of https://kme-a: x509: certificate relies on legacy Common Name field, use SANs instead"},
-		{"no SAN, server_name", "kme-a", bare("KME-A"), nil, ""},
-		{"no SAN, wrong server_name", "kme-b", bare("kme-a"), nil,
-			`kms refuses: certificate of https://kme-a: certificate is for "kme-a", not "kme-b"`},
-		{"common name beside a SAN", "kme", func(a *authority) tls.Certificate { return a.server("other") }, nil,
-			"kms refuses: certificate of https://kme-a: x509: certificate is valid for other, not kme"},
-		{"foreign root", "", func(a *authority) tls.Certificate { return newAuthority(a.t, "foreign root").server("kme-a") }, nil,
-			"kms refuses: certificate of https://kme-a: x509: certificate signed by unknown authority"},
-		{"foreign root, server_name", "kme-a", func(a *authority) tls.Certificate { return newAuthority(a.t, "foreign root").server("kme-a") }, nil,
-			"kms refuses: certificate of https://kme-a: x509: certificate signed by unknown authority"},
-		{"expired, server_name", "kme-a", func(a *authority) tls.Certificate {
-			return a.issue(x509.Certificate{DNSNames: []string{"kme-a"}, NotAfter: time.Date(1999, 6, 1, 0, 0, 0, 0, time.UTC)})
-		}, nil, "kms refuses: certificate of https://kme-a: x509: certificate has expired or is not yet valid: current time 2000-01-01T00:00:00Z is after 1999-06-01T00:00:00Z"},
-		{"a client's certificate", "kme-a", func(a *authority) tls.Certificate { return a.client("kme-a") }, nil,
-			"kms refuses: certificate of https://kme-a: x509: certificate specifies an incompatible key usage"},
-		{"our certificate is foreign", "", func(a *authority) tls.Certificate { return a.server("kme-a") },
-			func(a *authority) tls.Certificate { return newAuthority(a.t, "foreign root").client("sae_001") },
-			"kms refuses: TLS alert of https://kme-a: tls: unknown certificate authority"},
+		{"both", func(*network, *testca.Authority, *tls.Config, *kmstls.Config) {}, ""},
+		{"other host name", func(n *network, _ *testca.Authority, kme *tls.Config, _ *kmstls.Config) {
+			kme.Certificates[0] = n.Server("kme-b")
+		}, "kms refuses: certificate of https://kme-a: x509: certificate is valid for kme-b, not kme-a"},
+		{"server_name", func(n *network, _ *testca.Authority, kme *tls.Config, c *kmstls.Config) {
+			kme.Certificates[0], c.ServerName = n.Server("kme-b"), "kme-b"
+		}, ""},
+		{"pin", func(n *network, _ *testca.Authority, kme *tls.Config, c *kmstls.Config) {
+			kme.Certificates[0] = n.Server("kme-b")
+			c.Pins = []kmstls.Pin{kmstls.PinOf(kme.Certificates[0].Leaf)}
+		}, ""},
+		{"foreign root", func(_ *network, foreign *testca.Authority, kme *tls.Config, _ *kmstls.Config) {
+			kme.Certificates[0] = foreign.Server("kme-a")
+		}, "kms refuses: certificate of https://kme-a: x509: certificate signed by unknown authority"},
+		{"our certificate is foreign", func(_ *network, foreign *testca.Authority, _ *tls.Config, c *kmstls.Config) {
+			cert := foreign.Client("sae_001")
+			// Certificates would keep one back that the server's roots do not cover.
+			c.Memory.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil }
+		}, "kms refuses: TLS alert of https://kme-a: tls: unknown certificate authority"},
+		{"old TLS", func(_ *network, _ *testca.Authority, kme *tls.Config, _ *kmstls.Config) {
+			kme.MinVersion, kme.MaxVersion = tls.VersionTLS10, tls.VersionTLS11
+		}, "kms refuses: TLS alert of https://kme-a: tls: protocol version not supported"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				t.Setenv("TZ", "UTC")
 				n := newNetwork(t)
-				n.serveTLS("kme-a", &tls.Config{
-					Certificates: []tls.Certificate{tt.cert(&n.authority)},
-					ClientAuth:   tls.RequireAndVerifyClientCert,
-					ClientCAs:    n.pool(),
-				}, ok(keyAnswer))
-				client := n.client
-				if tt.client != nil {
-					client = func(string) tls.Certificate { return tt.client(&n.authority) }
-				}
-				cert := client("sae_001")
-				s := n.source(Config{TLS: kmstls.Config{ServerName: tt.serverName, Memory: &tls.Config{
-					RootCAs: n.pool(),
-					// Certificates would keep one back that the server's roots do not cover.
-					GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil },
-				}}})
-				_, _, err := s.Key(t.Context())
+				kme, c := n.kmeTLS("kme-a"), kmstls.Config{Memory: &tls.Config{RootCAs: n.Pool()}}
+				c.Memory.Certificates = []tls.Certificate{n.Client("sae_001")}
+				tt.edit(n, testca.New(t, "foreign root"), kme, &c)
+				n.serveTLS("kme-a", kme, ok(keyAnswer))
+				_, _, err := n.source(Config{TLS: c}).Key(t.Context())
 				got, want := "", tt.want
 				if err != nil {
 					got, want = err.Error(), "fetch key: "+tt.want
@@ -684,81 +661,10 @@ func TestVerification(t *testing.T) {
 	}
 }
 
-func TestOldTLSIsRefused(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		n := newNetwork(t)
-		n.serveTLS("kme-a", &tls.Config{
-			Certificates: []tls.Certificate{n.server("kme-a")},
-			MinVersion:   tls.VersionTLS10,
-			MaxVersion:   tls.VersionTLS11,
-		}, ok(keyAnswer))
-		if _, _, err := n.source(Config{}).Key(t.Context()); !errors.Is(err, kms.ErrRefused) {
-			t.Errorf("got %v, want ErrRefused", err)
-		}
-	})
-}
-
-// TestCertificateChanges: a renewed certificate is used from the next
-// connection on; one half of it is not.
-func TestCertificateChanges(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		n := newNetwork(t)
-		dir := t.TempDir()
-		h := n.serve("kme-a", func(w http.ResponseWriter, r *http.Request) {
-			w.Header().Set("Connection", "close")
-			ok(keyAnswer)(w, r)
-		})
-		root, _ := write(t, dir, "root", tls.Certificate{Certificate: [][]byte{n.cert.Raw}, PrivateKey: n.key})
-		cert, key := write(t, dir, "sae", n.client("old"))
-		s := n.source(Config{TLS: kmstls.Config{Certificate: cert, SecretKey: key, RootCertificate: root}})
-		use := func() {
-			t.Helper()
-			if _, _, err := s.Key(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-		}
-		use()
-		renewed, renewedKey := write(t, dir, "new", n.client("new"))
-		if err := os.Rename(renewed, cert); err != nil {
-			t.Fatal(err)
-		}
-		use() // the certificate no longer fits the key
-		if err := os.Rename(renewedKey, key); err != nil {
-			t.Fatal(err)
-		}
-		use()
-		if want := []string{"old", "old", "new"}; !slices.Equal(h.users, want) {
-			t.Errorf("the KME knew us as %q, want %q", h.users, want)
-		}
-	})
-}
-
 func TestNewRefuses(t *testing.T) {
-	dir := t.TempDir()
-	a := newAuthority(t, "root")
-	root, _ := write(t, dir, "root", tls.Certificate{Certificate: [][]byte{a.cert.Raw}, PrivateKey: a.key})
-	cert, key := write(t, dir, "sae", a.client("sae_001"))
-	_, other := write(t, dir, "other", a.client("sae_002"))
-	file := func(name, text string, mode os.FileMode) string {
-		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, []byte(text), mode); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Chmod(path, mode); err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
-	open := file("open.key", "-----BEGIN", 0o640)
-	locked := file("locked.key", "-----BEGIN ENCRYPTED PRIVATE KEY-----\n", 0o600)
-	empty := file("empty.crt", "", 0o644)
-	huge := file("huge.crt", "", 0o644)
-	if err := os.Truncate(huge, 1<<20+1); err != nil {
-		t.Fatal(err)
-	}
-
+	roots := testca.New(t, "root").Pool()
 	good := func() Config {
-		return Config{URIs: []string{"https://kme-a"}, SAE: "sae_001", TLS: kmstls.Config{Certificate: cert, SecretKey: key, RootCertificate: root}}
+		return Config{URIs: []string{"https://kme-a"}, SAE: "sae_001", TLS: kmstls.Config{Memory: &tls.Config{RootCAs: roots}}}
 	}
 	if _, err := New(good()); err != nil {
 		t.Fatal(err)
@@ -782,21 +688,7 @@ func TestNewRefuses(t *testing.T) {
 		{"method", func(c *Config) { c.Method = "PUT" }, `method "PUT" is neither GET nor POST`},
 		{"timeout", func(c *Config) { c.Timeout = -1 }, "timeout -1ns is not between 0 and 1m0s"},
 		{"long timeout", func(c *Config) { c.Timeout = time.Hour }, "timeout 1h0m0s is not between 0 and 1m0s"},
-		{"no root", func(c *Config) { c.TLS.RootCertificate = "" }, "no root certificate: the KMS could not be verified"},
-		{"root missing", func(c *Config) { c.TLS.RootCertificate = dir + "/none" }, "open " + dir + "/none: no such file or directory"},
-		{"root empty", func(c *Config) { c.TLS.RootCertificate = empty }, empty + ": no certificate in PEM form"},
-		{"root a directory", func(c *Config) { c.TLS.RootCertificate = dir }, dir + ": not a regular file"},
-		{"root huge", func(c *Config) { c.TLS.RootCertificate = huge }, huge + ": 1048577 bytes, over 1048576"},
-		{"no certificate", func(c *Config) { c.TLS.Certificate = "" }, "certificate or secret key is missing"},
-		{"certificate empty", func(c *Config) { c.TLS.Certificate = empty }, empty + " and " + key + ": tls: failed to find any PEM data in certificate input"},
-		{"others read the key", func(c *Config) { c.TLS.SecretKey = open }, open + ": mode 0640 lets others at the secret key, not 0600"},
-		{"encrypted key", func(c *Config) { c.TLS.SecretKey = locked }, locked + ": the key is encrypted, and nobody is here to type its passphrase"},
-		{"another's key", func(c *Config) { c.TLS.SecretKey = other }, cert + " and " + other + ": tls: private key does not match public key"},
-		{"files and memory", func(c *Config) { c.TLS.Memory = &tls.Config{RootCAs: a.pool()} }, "certificates are given both as files and in memory"},
-		{"no verification", func(c *Config) {
-			*c = Config{URIs: c.URIs, SAE: c.SAE, TLS: kmstls.Config{Memory: &tls.Config{RootCAs: a.pool(), InsecureSkipVerify: true}}}
-		}, "TLS configuration does not verify the KMS"},
-		{"no roots in memory", func(c *Config) { *c = Config{URIs: c.URIs, SAE: c.SAE, TLS: kmstls.Config{Memory: &tls.Config{}}} }, "TLS configuration does not verify the KMS"},
+		{"no verification", func(c *Config) { c.TLS.Memory = &tls.Config{} }, "TLS configuration does not verify the KMS"},
 	} {
 		c := good()
 		tt.edit(&c)

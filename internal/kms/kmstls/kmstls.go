@@ -35,7 +35,7 @@ func PinOf(c *x509.Certificate) Pin { return sha256.Sum256(c.RawSubjectPublicKey
 // Config says how we prove who we are to a KMS, and what it has to prove.
 type Config struct {
 	// Certificate, SecretKey and RootCertificate are paths of PEM files. The
-	// first two are read again when they change. A secret key that others can
+	// first two are read again when the certificate changes. A secret key that others can
 	// read is refused.
 	Certificate, SecretKey, RootCertificate string
 	// Memory stands in for the three files where a program holds its
@@ -84,9 +84,9 @@ func (c Config) Client(minimum uint16) (*tls.Config, error) {
 		// crypto/tls has no other way to let a common name or a pin count.
 		// Nothing is skipped: verify builds the same chain, then compares.
 		conf.InsecureSkipVerify = true
-		roots, now := conf.RootCAs, conf.Time
+		roots := conf.RootCAs
 		conf.VerifyConnection = func(s tls.ConnectionState) error {
-			return verify(s.PeerCertificates, roots, now, c.ServerName, c.Pins)
+			return verify(s.PeerCertificates, roots, c.ServerName, c.Pins)
 		}
 	}
 	return conf, nil
@@ -94,15 +94,12 @@ func (c Config) Client(minimum uint16) (*tls.Config, error) {
 
 // verify verifies chain up to roots, that its leaf is for name, unless that is
 // empty, and has one of pins, unless there are none.
-func verify(chain []*x509.Certificate, roots *x509.CertPool, now func() time.Time, name string, pins []Pin) error {
+func verify(chain []*x509.Certificate, roots *x509.CertPool, name string, pins []Pin) error {
 	if len(chain) == 0 {
 		return errors.New("kms sent no certificate")
 	}
 	leaf := chain[0]
 	opts := x509.VerifyOptions{Roots: roots, Intermediates: x509.NewCertPool()}
-	if now != nil {
-		opts.CurrentTime = now()
-	}
 	for _, c := range chain[1:] {
 		opts.Intermediates.AddCert(c)
 	}
@@ -163,13 +160,14 @@ func readRoots(path string) (*x509.CertPool, error) {
 	return roots, nil
 }
 
-// keyPair is our certificate and its secret key in two files. A change of
-// either is noticed at the next TLS handshake.
+// keyPair is our certificate and its secret key in two files. Another
+// certificate is noticed at the next TLS handshake, and tried with whatever key
+// there is until the two fit.
 type keyPair struct {
 	certificate, secretKey string // paths
 
 	mu     sync.Mutex
-	stamps [2]os.FileInfo // of the files that loaded was made of
+	stamp  os.FileInfo // of the certificate's file that loaded was made of
 	loaded *tls.Certificate
 }
 
@@ -179,7 +177,7 @@ type keyPair struct {
 func (p *keyPair) get(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.loaded != nil && unchanged(p.certificate, p.stamps[0]) && unchanged(p.secretKey, p.stamps[1]) {
+	if p.loaded != nil && unchanged(p.certificate, p.stamp) {
 		return p.loaded, nil
 	}
 	if err := p.load(); err != nil && (p.loaded == nil || time.Now().After(p.loaded.Leaf.NotAfter)) {
@@ -192,11 +190,11 @@ func (p *keyPair) load() error {
 	if p.certificate == "" || p.secretKey == "" {
 		return errors.New("certificate or secret key is missing")
 	}
-	cert, certStamp, err := readPEM(p.certificate, false)
+	cert, stamp, err := readPEM(p.certificate, false)
 	if err != nil {
 		return err
 	}
-	key, keyStamp, err := readPEM(p.secretKey, true)
+	key, _, err := readPEM(p.secretKey, true)
 	if err != nil {
 		return err
 	}
@@ -208,7 +206,7 @@ func (p *keyPair) load() error {
 	if err != nil {
 		return fmt.Errorf("%s and %s: %w", p.certificate, p.secretKey, err)
 	}
-	p.loaded, p.stamps = &pair, [2]os.FileInfo{certStamp, keyStamp}
+	p.loaded, p.stamp = &pair, stamp
 	return nil
 }
 
