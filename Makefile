@@ -10,7 +10,7 @@ LINT := bin/golangci-lint
 # Every build of the binary is the same on every machine: no C, no paths.
 BUILD := CGO_ENABLED=0 $(GO) build -trimpath
 
-.PHONY: build test race lint fmt fuzz bench e2e soak mutation clean help
+.PHONY: build test race lint fmt fuzz bench e2e faults soak mutation clean help
 
 build: ## build bin/keyturn
 	$(BUILD) -o bin/keyturn ./cmd/keyturn
@@ -43,6 +43,11 @@ bench: ## run every benchmark for BENCHTIME (1s)
 
 e2e: ## the real binary in network namespaces (needs iproute2, and root or user namespaces)
 	$(GO) test -tags e2e -count 1 -timeout 15m ./e2e/
+
+faults: ## every fault with the real binary in namespaces, link beside and inside (25 min): writes docs/RELIABILITY.md
+	@KEYTURN_E2E=required KEYTURN_FAULTS=$(CURDIR)/docs/RELIABILITY.md KEYTURN_COMMIT=$$(git describe --always --dirty) \
+		$(GO) test -tags e2e -count 1 -timeout 30m -run '^TestRecovery$$' ./e2e/ -parallel 48; \
+		status=$$?; cat docs/RELIABILITY.md; exit $$status
 
 soak: ## run the adversary for long: KEYTURN_SOAK checks of each property (20000); a failing run prints its seed
 	KEYTURN_SOAK=$${KEYTURN_SOAK:-20000} $(GO) test -count 1 -timeout 0 -v -run 'TestAdversary|TestNoLoss' ./internal/rotation/

@@ -83,11 +83,35 @@ func (h *host) destroyDevice() {
 
 func (h *host) addPeer(p *host) {
 	h.lab.t.Helper()
-	h.configure(wgtypes.Config{Peers: []wgtypes.PeerConfig{{
+	c := wgtypes.PeerConfig{
 		PublicKey:  p.device.public,
 		Endpoint:   &net.UDPAddr{IP: p.addr.AsSlice(), Port: wgPort},
 		AllowedIPs: []net.IPNet{{IP: p.inner.AsSlice(), Mask: net.CIDRMask(32, 32)}},
-	}}})
+	}
+	if key := h.original[p]; key != nil {
+		k := wgtypes.Key(key.Bytes())
+		c.PresharedKey = &k
+	}
+	h.configure(wgtypes.Config{Peers: []wgtypes.PeerConfig{c}})
+}
+
+// removePeer takes a peer away, its session and its pre-shared key included.
+func (h *host) removePeer(p *host) {
+	h.lab.t.Helper()
+	h.configure(wgtypes.Config{Peers: []wgtypes.PeerConfig{{PublicKey: p.device.public, Remove: true}}})
+}
+
+// share gives both ends an original pre-shared key, and sets it.
+func share(a, b *host) {
+	a.lab.t.Helper()
+	key := randomKey(a.lab.t)
+	for _, end := range []struct{ h, p *host }{{a, b}, {b, a}} {
+		if end.h.original == nil {
+			end.h.original = make(map[*host]*psk.Key)
+		}
+		end.h.original[end.p] = key
+		end.h.setPSK(end.p, key)
+	}
 }
 
 // setPSK sets the pre-shared key towards a peer, as wg set would.

@@ -202,6 +202,9 @@ type host struct {
 
 	device *interfaceKeys // nil: no WireGuard interface
 	echo   net.PacketConn // answers pings inside the tunnels
+	// original are the pre-shared keys that whatever brings the interface up
+	// gives it, by peer; without one, there is none.
+	original map[*host]*psk.Key
 }
 
 // host adds a host to the lab: 192.0.2.n on the bridge, 10.99.0.n inside
@@ -242,8 +245,9 @@ func (h *host) boot() {
 	if h.machine, err = startInit(h.log); err != nil {
 		h.lab.t.Fatal(err)
 	}
+	// The same MAC address after each boot: others remember it.
 	err = ip(
-		fmt.Sprintf("link add %s type veth peer name eth0 netns %d", h.cable, h.process.Process.Pid),
+		fmt.Sprintf("link add %s type veth peer name eth0 address 02:00:00:00:00:%02x netns %d", h.cable, h.addr.As4()[3], h.process.Process.Pid),
 		fmt.Sprintf("link set %s master %s up", h.cable, h.lab.bridge))
 	if err == nil {
 		err = h.in(func() error {
@@ -273,7 +277,7 @@ func (h *host) crash() {
 }
 
 // reboot is a crash, the loss of what lives in memory, and a boot; the
-// WireGuard interface comes back without any pre-shared key, as wg-quick
+// WireGuard interface comes back with its original pre-shared keys, as wg-quick
 // would bring it up.
 func (h *host) reboot(peers ...*host) {
 	h.lab.t.Helper()
@@ -435,7 +439,33 @@ func (h *host) background(args ...string) (stop func()) {
 // kill9 kills a process of the host, by its ID on the host.
 func (h *host) kill9(pid int) {
 	h.lab.t.Helper()
-	if _, err := h.tell(order{Verb: "kill", PID: pid}); err != nil {
+	h.signal(pid, unix.SIGKILL)
+}
+
+func (h *host) signal(pid int, s unix.Signal) {
+	h.lab.t.Helper()
+	if _, err := h.tell(order{Verb: "signal", PID: pid, Signal: s}); err != nil {
+		h.lab.t.Fatal(err)
+	}
+}
+
+// filter replaces what the host drops of what arrives, inside tunnels and out:
+// rules of nftables.
+func (h *host) filter(rules ...string) {
+	h.lab.t.Helper()
+	script := "table inet faults\ndelete table inet faults\n"
+	if len(rules) > 0 {
+		script += "table inet faults {\nchain input {\ntype filter hook prerouting priority -300;\n" + strings.Join(rules, "\n") + "\n}\n}\n"
+	}
+	err := h.in(func() error {
+		c := exec.Command("nft", "-f", "-")
+		c.Stdin = strings.NewReader(script)
+		if out, err := c.CombinedOutput(); err != nil {
+			return fmt.Errorf("nft: %w: %s", err, bytes.TrimSpace(out))
+		}
+		return nil
+	})
+	if err != nil {
 		h.lab.t.Fatal(err)
 	}
 }

@@ -3,11 +3,13 @@
 package e2e
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -26,10 +28,14 @@ import (
 // order is what a test tells a host's init process: one line of JSON on its
 // standard input, answered by one of report on its standard output.
 type order struct {
-	Verb   string // hello, kill, or of a device: create, destroy, handshake, failed
-	PID    int    // kill: which process, by its ID on the host
+	Verb   string      // hello, signal, or of a device: create, destroy, handshake, failed, weather
+	PID    int         // signal: to which process, by its ID on the host
+	Signal unix.Signal // signal: which
 	Device string
 	Peer   device.NoisePublicKey // handshake: with whom
+	// weather: how many in a hundred of the device's packets are sent twice,
+	// and how many after the one that follows.
+	Repeated, Overtaken int
 }
 
 type report struct {
@@ -88,8 +94,8 @@ func (h *initProcess) obey(o order, r *report) error {
 	switch o.Verb {
 	case "hello":
 		return mountOwn()
-	case "kill":
-		return unix.Kill(o.PID, unix.SIGKILL)
+	case "signal":
+		return unix.Kill(o.PID, o.Signal)
 	case "create":
 		d, err := createDevice(o.Device)
 		if err == nil {
@@ -112,6 +118,9 @@ func (h *initProcess) obey(o order, r *report) error {
 			return errors.New("no such peer")
 		}
 		return p.SendHandshakeInitiation(false)
+	case "weather":
+		d.weather.set(o.Repeated, o.Overtaken)
+		return nil
 	case "failed":
 		r.Count = d.attempts.failures()
 		return nil
@@ -144,6 +153,47 @@ type wgDevice struct {
 	device   *device.Device
 	uapi     net.Listener
 	attempts attempts
+	weather  *weather
+}
+
+// weather is a network that repeats and reorders what a device sends.
+type weather struct {
+	conn.Bind
+
+	mu                  sync.Mutex
+	repeated, overtaken int
+	held                []byte // goes after the next packet
+}
+
+func (w *weather) set(repeated, overtaken int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.repeated, w.overtaken = repeated, overtaken
+}
+
+func (w *weather) Send(packets [][]byte, to conn.Endpoint) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var out [][]byte
+	for _, p := range packets {
+		if w.held == nil && rand.IntN(100) < w.overtaken {
+			w.held = bytes.Clone(p)
+			continue
+		}
+		out = append(out, p)
+		if w.held != nil {
+			out, w.held = append(out, w.held), nil
+		}
+		if rand.IntN(100) < w.repeated {
+			out = append(out, p)
+		}
+	}
+	for _, p := range out {
+		if err := w.Bind.Send([][]byte{p}, to); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // attempts counts, by what the device logs, the handshakes that it began and
@@ -179,8 +229,8 @@ func createDevice(name string) (*wgDevice, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &wgDevice{attempts: attempts{open: make(map[any]bool)}}
-	d.device = device.NewDevice(t, conn.NewDefaultBind(), &device.Logger{
+	d := &wgDevice{attempts: attempts{open: make(map[any]bool)}, weather: &weather{Bind: conn.NewDefaultBind()}}
+	d.device = device.NewDevice(t, d.weather, &device.Logger{
 		Verbosef: d.attempts.log,
 		Errorf: func(format string, args ...any) {
 			fmt.Fprintf(os.Stderr, name+": "+format+"\n", args...)

@@ -33,10 +33,11 @@ func answer(c net.PacketConn) {
 
 // pings is a stream of numbered packets from one host to another, inside the tunnel.
 type pings struct {
-	conn    net.Conn
-	quit    chan struct{}
-	writers sync.WaitGroup
-	readers sync.WaitGroup
+	conn     net.Conn
+	interval time.Duration
+	quit     chan struct{}
+	writers  sync.WaitGroup
+	readers  sync.WaitGroup
 
 	mu       sync.Mutex
 	sent     []time.Time
@@ -48,11 +49,16 @@ type pings struct {
 // ping starts a stream of pings to a peer. It ends with stop, or the test.
 func (h *host) ping(p *host) *pings {
 	h.lab.t.Helper()
+	return h.pingEvery(p, pingInterval)
+}
+
+func (h *host) pingEvery(p *host, interval time.Duration) *pings {
+	h.lab.t.Helper()
 	c, err := h.dial("udp", net.JoinHostPort(p.inner.String(), echoPort))
 	if err != nil {
 		h.lab.t.Fatal(err)
 	}
-	s := &pings{conn: c, quit: make(chan struct{})}
+	s := &pings{conn: c, interval: interval, quit: make(chan struct{})}
 	s.writers.Go(s.send)
 	s.readers.Go(s.receive)
 	h.lab.t.Cleanup(func() { s.conn.Close() })
@@ -60,7 +66,7 @@ func (h *host) ping(p *host) *pings {
 }
 
 func (s *pings) send() {
-	tick := time.NewTicker(pingInterval)
+	tick := time.NewTicker(s.interval)
 	defer tick.Stop()
 	for n := uint64(0); ; n++ {
 		s.mu.Lock()
@@ -155,6 +161,19 @@ func (s *pings) record() record {
 		}
 	}
 	return r
+}
+
+// lastLost returns when the last ping was sent that had no answer; the zero
+// time if there is none. Call it when nothing is under way any more.
+func (s *pings) lastLost() time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for n := len(s.sent) - 1; n >= 0; n-- {
+		if !s.answered[n] {
+			return s.sent[n]
+		}
+	}
+	return time.Time{}
 }
 
 // String shows the total and every second that lost something.

@@ -1,0 +1,221 @@
+//go:build vm
+
+package guest
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"time"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"keyturn/internal/control"
+	"keyturn/internal/link"
+)
+
+const (
+	program  = "/keyturn"
+	linkPort = 51822
+)
+
+// settings is a block of a configuration. The file is JSON, which is YAML.
+type settings map[string]any
+
+// with returns a copy with some settings changed.
+func (s settings) with(changes settings) settings {
+	c := make(settings)
+	for _, m := range []settings{s, changes} {
+		for k, v := range m {
+			c[k] = v
+		}
+	}
+	return c
+}
+
+// identify gives the host's rotator an identity, once, and returns its public form.
+func (h *host) identify() string {
+	h.lab.t.Helper()
+	path := h.path("identity.key")
+	if _, err := os.Stat(path); err != nil {
+		h.writeSecret(path)
+	}
+	id, err := link.ReadIdentityFile(path)
+	h.must(err)
+	return id.Fingerprint().String()
+}
+
+// writeSecret is keyturn genkey.
+func (h *host) writeSecret(path string) {
+	h.lab.t.Helper()
+	id, err := link.GenerateIdentity(rand.Reader)
+	h.must(err)
+	h.must(os.WriteFile(path, []byte(id.Secret()+"\n"), 0o600))
+}
+
+// configure writes the rotators' configurations: by PQ-KE alone and by
+// default, but for these settings of the rotator and of its peer. The link
+// runs inside the tunnel or beside it; the first host is the client.
+func (l *lab) configure(inside bool, rotator, peer settings) {
+	l.t.Helper()
+	for i, end := range l.hosts() {
+		h, p := end[0], end[1]
+		at := p.beside
+		if inside {
+			at = p.inner
+		}
+		text, err := json.MarshalIndent(settings{
+			"interface": wg0,
+			"identity":  "identity.key",
+			"peers": []settings{settings{
+				"name":       p.name,
+				"public_key": p.public().String(),
+				"identity":   p.identify(),
+				"address":    netip.AddrPortFrom(at, linkPort).String(),
+				"kems":       []string{"ML-KEM-768"},
+				"role":       []string{"client", "server"}[i],
+			}.with(peer)},
+		}.with(rotator), "", "  ")
+		h.identify()
+		h.must(err)
+		h.must(os.WriteFile(h.path("wg0.yaml"), text, 0o600))
+	}
+}
+
+// command returns a command of keyturn, with the host's directories.
+func (h *host) command(args ...string) *exec.Cmd {
+	c := exec.Command(program, args...)
+	c.Dir = h.path()
+	c.Env = []string{
+		"HOME=" + h.path(),
+		"KEYTURN_RUN_DIR=" + h.path("run"),
+		"KEYTURN_STATE_DIR=" + h.path("state"),
+		"KEYTURN_LOG_DIR=" + h.path("log"),
+	}
+	return c
+}
+
+// background starts a command that stays. What it prints goes to a file.
+func (h *host) background(log string, args ...string) *process {
+	h.lab.t.Helper()
+	f, err := os.OpenFile(h.path(log), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	h.must(err)
+	defer f.Close()
+	c := h.command(args...)
+	c.Stdout, c.Stderr = f, f
+	h.must(h.in(c.Start))
+	p := &process{Cmd: c, ended: make(chan struct{})}
+	go func() {
+		_ = c.Wait()
+		close(p.ended)
+	}()
+	return p
+}
+
+// process is one that runs in the background.
+type process struct {
+	*exec.Cmd
+	ended chan struct{}
+}
+
+// kill is kill -9.
+func (p *process) kill() {
+	_ = p.Process.Kill()
+	<-p.ended
+}
+
+// start starts the host's rotator.
+func (h *host) start() {
+	h.lab.t.Helper()
+	h.rotator = h.background("rotator.log", "run", h.path("wg0.yaml"))
+}
+
+// kill kills the host's rotator, if one runs.
+func (h *host) kill() {
+	if h.rotator != nil {
+		h.rotator.kill()
+		h.rotator = nil
+	}
+}
+
+// shutdown is what a reboot takes away: the rotator, the interface, and what
+// lies in memory.
+func (h *host) shutdown() {
+	h.lab.t.Helper()
+	h.kill()
+	h.deleteDevice()
+	h.must(os.RemoveAll(h.path("run")))
+	h.must(os.Mkdir(h.path("run"), 0o700))
+}
+
+// boot brings the interface up, with the original pre-shared key, and the rotator.
+func (h *host) boot() {
+	h.lab.t.Helper()
+	h.createDevice()
+	h.start()
+}
+
+// showLog prints what the rotator said, when a test has failed.
+func (h *host) showLog() {
+	text, _ := os.ReadFile(h.path("rotator.log"))
+	h.lab.t.Logf("%s:\n%s", h.name, text)
+}
+
+// towards returns what the host's rotator says of the other host.
+func (h *host) towards() (*control.PeerStatus, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	s, err := control.NewClient(control.SocketPath(h.path("run"), wg0)).Status(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", h.name, err)
+	}
+	if len(s.Peers) != 1 {
+		return nil, fmt.Errorf("%s: %d peers", h.name, len(s.Peers))
+	}
+	return &s.Peers[0], nil
+}
+
+// inStep returns nil when both ends have one key and call it protected, or
+// what is not so.
+func (l *lab) inStep() error {
+	a, err := l.a.tryPeer()
+	if err != nil {
+		return err
+	}
+	b, err := l.b.tryPeer()
+	if err != nil {
+		return err
+	}
+	if a.PresharedKey != b.PresharedKey {
+		return errors.New("the ends have different keys")
+	}
+	if a.PresharedKey == l.a.original || a.PresharedKey == (wgtypes.Key{}) {
+		return errors.New("the ends have the key that they came up with")
+	}
+	for _, h := range []*host{l.a, l.b} {
+		p, err := h.towards()
+		if err != nil {
+			return err
+		}
+		if !p.Protected || p.State != control.PeerProtected {
+			return fmt.Errorf("%s: %s: %s", h.name, p.State, p.Why)
+		}
+	}
+	return nil
+}
+
+// confirmedAtMost returns the serial of the newest key that an end has confirmed.
+func (l *lab) confirmedAtMost() (serial uint64) {
+	l.t.Helper()
+	for _, h := range []*host{l.a, l.b} {
+		if p, err := h.towards(); err == nil && p.Confirmed != nil {
+			serial = max(serial, p.Confirmed.Serial)
+		}
+	}
+	return serial
+}
