@@ -30,6 +30,15 @@ type batch struct {
 	keys   []key
 }
 
+// batchOf returns a batch of IDs alone.
+func batchOf(ids []string) *batch {
+	b := &batch{keys: make([]key, len(ids))}
+	for i, id := range ids {
+		b.keys[i].ID = id
+	}
+	return b
+}
+
 func (b *batch) ids() []string {
 	ids := make([]string, len(b.keys))
 	for i, k := range b.keys {
@@ -77,7 +86,7 @@ func appendSized[T string | []byte](out []byte, v T) []byte {
 func decodeBatch(body []byte) (*batch, error) {
 	in := reader{rest: body}
 	b := &batch{master: string(in.sized())}
-	for range in.number(1, MaxSAEs+1) {
+	for range in.number(0, MaxSAEs+1) {
 		b.slaves = append(b.slaves, string(in.sized()))
 	}
 	for range in.number(0, MaxKeysPerRequest) {

@@ -27,6 +27,7 @@ func (k *KME) serveETSI014(w http.ResponseWriter, r *http.Request) {
 		if p.status == http.StatusMethodNotAllowed {
 			w.Header().Set("Allow", p.allow)
 		}
+		k.counted.refused.Add(1)
 		k.log.DebugContext(r.Context(), "refused", "status", p.status, "err", p.Message)
 		reply(w, p.status, p)
 		return
@@ -156,12 +157,11 @@ type status struct {
 func (*status) wipe() {}
 
 func (k *KME) status(master, slave string) *status {
+	stored, size := k.pools.stored(master, slave)
 	return &status{
 		SourceKME: k.name, TargetKME: k.other, MasterSAE: master, SlaveSAE: slave,
 		KeySize: KeySize, MinKeySize: MinKeySize, MaxKeySize: MaxKeySize,
-		// Keys are made on demand: as many are ready as there is room for.
-		Stored:  k.store.max - k.store.waiting(),
-		MaxKeys: k.store.max, PerRequest: MaxKeysPerRequest, MaxSAEs: MaxSAEs,
+		Stored: stored, MaxKeys: size, PerRequest: MaxKeysPerRequest, MaxSAEs: MaxSAEs,
 	}
 }
 

@@ -262,6 +262,7 @@ func (k *KME) strike(kinds ...FaultKind) (Fault, <-chan struct{}) {
 			continue
 		}
 		f := k.fault
+		k.counted.struck.Add(1)
 		switch f.Times {
 		case 0:
 		case 1:

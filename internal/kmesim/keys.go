@@ -35,6 +35,9 @@ func (k *KME) newKeys(ctx context.Context, master string, slaves []string, numbe
 	case WrongSize:
 		bits = cmp.Or(fault.Bits, shrunk)
 	}
+	if !k.pools.take(master, slaves, number, bits) {
+		return nil, &problem{status: http.StatusServiceUnavailable, Message: textNoKeys}
+	}
 	keys, err := k.random.keys(number, bits/8)
 	if err != nil {
 		return nil, &problem{status: http.StatusServiceUnavailable, Message: err.Error()}
@@ -43,12 +46,44 @@ func (k *KME) newKeys(ctx context.Context, master string, slaves []string, numbe
 	if fault.Kind != OutOfStep {
 		if err := k.send(ctx, verbKeys, b); err != nil {
 			wipe(keys)
+			k.pools.put(master, slaves, number, bits)
+			if !errors.Is(err, errCut) {
+				k.addUnheard(b.ids())
+			}
 			k.log.WarnContext(ctx, "the other KME was not told of new keys", "err", err)
 			return nil, &problem{status: http.StatusServiceUnavailable, Message: textNoPeer}
 		}
 	}
+	k.counted.made.Add(uint64(number))
 	k.log.DebugContext(ctx, "keys made", "master", master, "slaves", slaves, "number", number, "bits", bits)
 	return keys, nil
+}
+
+// maxUnheard bounds the IDs that wait to be forgotten. What is beyond it stays at
+// the other KME until it is the oldest there.
+const maxUnheard = 4096
+
+func (k *KME) addUnheard(ids []string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.unheard = append(k.unheard, ids[:min(len(ids), maxUnheard-len(k.unheard))]...)
+}
+
+// forgetUnheard asks the other KME to drop keys of which nobody got the ID.
+func (k *KME) forgetUnheard(ctx context.Context) {
+	for {
+		k.mu.Lock()
+		ids := k.unheard[:min(len(k.unheard), MaxKeysPerRequest)]
+		k.unheard = slices.Clone(k.unheard[len(ids):])
+		k.mu.Unlock()
+		if len(ids) == 0 {
+			return
+		}
+		if err := k.send(ctx, verbForget, batchOf(ids)); err != nil {
+			k.addUnheard(ids)
+			return
+		}
+	}
 }
 
 // takeKeys delivers keys that newKeys made to one of their slaves, all or none,
@@ -77,6 +112,7 @@ func (k *KME) takeKeys(ctx context.Context, master, slave string, ids []string) 
 			clear(b)
 		}
 	}
+	k.counted.delivered.Add(uint64(len(keys)))
 	k.log.DebugContext(ctx, "keys delivered", "master", master, "slave", slave, "number", len(ids))
 	return keys, nil
 }
@@ -84,13 +120,11 @@ func (k *KME) takeKeys(ctx context.Context, master, slave string, ids []string) 
 // takeFar delivers keys that wait at the other KME. It returns neither keys nor
 // a problem where that one cannot be asked.
 func (k *KME) takeFar(ctx context.Context, master, slave string, ids []string) ([]key, *problem) {
-	b := &batch{master: master, slaves: []string{slave}}
-	for _, id := range ids {
-		if len(id) > maxKeyID {
-			return nil, nil
-		}
-		b.keys = append(b.keys, key{ID: id})
+	if slices.ContainsFunc(ids, func(id string) bool { return len(id) > maxKeyID }) {
+		return nil, nil
 	}
+	b := batchOf(ids)
+	b.master, b.slaves = master, []string{slave}
 	answer, err := k.call(ctx, verbTake, b.encode())
 	if err != nil {
 		k.log.WarnContext(ctx, "the other KME was not asked for keys", "err", err)
@@ -117,22 +151,27 @@ func (k *KME) send(ctx context.Context, verb string, b *batch) error {
 func (k *KME) handleKeys() {
 	k.handleLink(verbKeys, func(_ context.Context, body []byte) ([]byte, error) {
 		b, err := decodeBatch(body)
-		if err == nil {
-			k.store.put(b)
+		if err != nil {
+			return nil, err
 		}
-		return nil, err
+		k.store.put(b)
+		return nil, nil
 	})
 	k.handleLink(verbForget, func(_ context.Context, body []byte) ([]byte, error) {
 		b, err := decodeBatch(body)
-		if err == nil {
-			k.store.forget(b.ids())
+		if err != nil {
+			return nil, err
 		}
-		return nil, err
+		k.store.forget(b.ids())
+		return nil, nil
 	})
 	k.handleLink(verbTake, func(_ context.Context, body []byte) ([]byte, error) {
 		b, err := decodeBatch(body)
 		if err != nil {
 			return nil, err
+		}
+		if len(b.slaves) != 1 {
+			return nil, errMalformed
 		}
 		keys, p := k.store.take(b.master, b.slaves[0], b.ids())
 		defer wipe(keys)

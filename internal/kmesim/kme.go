@@ -8,10 +8,12 @@
 package kmesim
 
 import (
+	"context"
 	"crypto/rand"
 	"io"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -31,6 +33,11 @@ type Options struct {
 	// MaxKeys is how many keys may wait at each KME for their slaves; beyond it,
 	// the oldest goes. DefaultMaxKeys if zero. A key takes some 500 bytes of memory.
 	MaxKeys int
+	// Rate is how many keys of KeySize come into each pool every second, and Pool
+	// how many it holds; see CheckRate. No limit if Rate is zero; DefaultPool if
+	// Pool is.
+	Rate float64
+	Pool int
 	// Random is where keys and their IDs come from; crypto/rand if nil.
 	Random io.Reader
 	// Log says what is delivered to whom, never the keys. Nothing if nil.
@@ -44,6 +51,9 @@ type Pair struct{ A, B *KME }
 func New(o Options) *Pair {
 	if o.MaxKeys <= 0 {
 		o.MaxKeys = DefaultMaxKeys
+	}
+	if o.Pool == 0 {
+		o.Pool = DefaultPool
 	}
 	if o.Random == nil {
 		o.Random = rand.Reader
@@ -63,21 +73,34 @@ type KME struct {
 	name, other string
 	log         *slog.Logger
 	random      *source
-	store       *store
+	pools       *pools // of masters that ask here
+	store       *store // of keys that were made at the other KME
 	peer        peer
 	verbs       map[string]linkHandler // of the link; read only, once the KME is made
+	expires     bool                   // the fault Expired can be; set before the KME serves
+	counted     counters
 
 	mu     sync.Mutex
 	fault  Fault
 	lifted chan struct{} // closed when fault is lifted or replaced
 	heal   *time.Timer   // lifts a fault after its time
+	// unheard has IDs of keys that the other KME may have been told of, but that
+	// nobody got; bounded by maxUnheard.
+	unheard []string
+}
+
+// counters count since the KME was made.
+type counters struct {
+	made, delivered atomic.Uint64 // keys
+	refused, struck atomic.Uint64 // requests
 }
 
 func newKME(name, other string, random *source, o Options) *KME {
 	k := &KME{
 		name: name, other: other, log: o.Log.With("kms", name), random: random,
-		store: newStore(o.MaxKeys), verbs: make(map[string]linkHandler), lifted: make(chan struct{}),
+		pools: newPools(o.Rate, o.Pool), store: newStore(o.MaxKeys), verbs: make(map[string]linkHandler), lifted: make(chan struct{}),
 	}
+	k.handleLink(verbHello, func(context.Context, []byte) ([]byte, error) { return nil, nil })
 	k.handleKeys()
 	return k
 }

@@ -45,17 +45,20 @@ func keys(t *testing.T, status int, answer string) (ids []string, keys [][]byte)
 const api = "/api/v1/keys/"
 
 func TestStatus(t *testing.T) {
-	p := New(Options{MaxKeys: 10})
-	if code, _ := call(p.A, "sae_001", "GET", api+"sae_002/enc_keys?number=3", ""); code != 200 {
-		t.Fatal(code)
-	}
-	code, got := call(p.B, "sae_002", "GET", api+"sae_001/status", "")
-	want := `{"source_KME_ID":"kme-b","target_KME_ID":"kme-a","master_SAE_ID":"sae_002","slave_SAE_ID":"sae_001",` +
-		`"key_size":256,"stored_key_count":7,"max_key_count":10,"max_key_per_request":128,` +
-		`"max_key_size":1024,"min_key_size":64,"max_SAE_ID_count":16}`
-	if diff := cmp.Diff(want, got); code != 200 || diff != "" {
-		t.Errorf("status %d (-want +got):\n%s", code, diff)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		p := New(Options{Rate: 2, Pool: 10})
+		if code, _ := call(p.A, "sae_001", "GET", api+"sae_002/enc_keys?number=3", ""); code != 200 {
+			t.Fatal(code)
+		}
+		time.Sleep(500 * time.Millisecond) // one more key
+		code, got := call(p.A, "sae_001", "GET", api+"sae_002/status", "")
+		want := `{"source_KME_ID":"kme-a","target_KME_ID":"kme-b","master_SAE_ID":"sae_001","slave_SAE_ID":"sae_002",` +
+			`"key_size":256,"stored_key_count":8,"max_key_count":10,"max_key_per_request":128,` +
+			`"max_key_size":1024,"min_key_size":64,"max_SAE_ID_count":16}`
+		if diff := cmp.Diff(want, got); code != 200 || diff != "" {
+			t.Errorf("status %d (-want +got):\n%s", code, diff)
+		}
+	})
 }
 
 func TestDeliveredOnce(t *testing.T) {

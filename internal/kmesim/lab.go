@@ -2,6 +2,7 @@ package kmesim
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -121,6 +122,14 @@ func NewLab(o LabOptions) (*Lab, error) {
 
 // issue signs a certificate for a fresh key; the first one by itself.
 func (l *Lab) issue(c *x509.Certificate) (tls.Certificate, error) {
+	now := time.Now()
+	c.NotBefore = now.AddDate(0, 0, -1) // for hosts whose clocks are behind
+	c.NotAfter = now.AddDate(labYears, 0, 0)
+	return sign(c, l.Root, l.rootKey)
+}
+
+// sign signs a certificate for a fresh key; by itself where there is no parent.
+func sign(c, parent *x509.Certificate, signer crypto.Signer) (tls.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return tls.Certificate{}, err
@@ -129,10 +138,6 @@ func (l *Lab) issue(c *x509.Certificate) (tls.Certificate, error) {
 	if err != nil {
 		return tls.Certificate{}, err
 	}
-	now := time.Now()
-	c.NotBefore = now.AddDate(0, 0, -1) // for hosts whose clocks are behind
-	c.NotAfter = now.AddDate(labYears, 0, 0)
-	parent, signer := l.Root, l.rootKey
 	if parent == nil {
 		parent, signer = c, key
 	}
@@ -157,7 +162,11 @@ func hostName(s string) bool {
 }
 
 // ServerTLS returns the TLS side of a KME: 0 for kme-a, 1 for kme-b.
-func (l *Lab) ServerTLS(kme int) *tls.Config { return serverTLS(l.KMEs[kme], l.roots()) }
+func (l *Lab) ServerTLS(kme int) *tls.Config { return l.proof(kme).serverTLS() }
+
+func (l *Lab) proof(kme int) *proof {
+	return &proof{cert: l.KMEs[kme], roots: l.roots(), root: l.Root, rootKey: l.rootKey}
+}
 
 // ClientTLS returns the TLS side of SAE n; the first is 1.
 func (l *Lab) ClientTLS(n int) *tls.Config {
@@ -172,16 +181,6 @@ func (l *Lab) roots() *x509.CertPool {
 	p := x509.NewCertPool()
 	p.AddCert(l.Root)
 	return p
-}
-
-func serverTLS(c tls.Certificate, clients *x509.CertPool) *tls.Config {
-	return &tls.Config{
-		MinVersion:             tls.VersionTLS12,
-		Certificates:           []tls.Certificate{c},
-		ClientAuth:             tls.RequireAndVerifyClientCert,
-		ClientCAs:              clients,
-		SessionTicketsDisabled: true, // nobody resumes
-	}
 }
 
 // WriteLab makes a laboratory and writes it to dir, which is made if need be:
@@ -252,35 +251,6 @@ func create(path string, mode os.FileMode, b []byte) error {
 	}
 	_, err = f.Write(b)
 	return errors.Join(err, f.Close())
-}
-
-// loadServerTLS reads the TLS side of one KME from a directory that WriteLab
-// wrote.
-func loadServerTLS(dir, name string) (*tls.Config, error) {
-	root := filepath.Join(dir, "root.crt")
-	roots, err := read(root, 0o022)
-	if err != nil {
-		return nil, err
-	}
-	clients := x509.NewCertPool()
-	if !clients.AppendCertsFromPEM(roots) {
-		return nil, fmt.Errorf("%s: no certificate in PEM form", root)
-	}
-	cert, err := read(filepath.Join(dir, name+".crt"), 0)
-	if err != nil {
-		return nil, err
-	}
-	keyFile := filepath.Join(dir, name+".key")
-	key, err := read(keyFile, 0o077)
-	if err != nil {
-		return nil, err
-	}
-	defer clear(key)
-	pair, err := tls.X509KeyPair(cert, key)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", keyFile, err)
-	}
-	return serverTLS(pair, clients), nil
 }
 
 // read reads a file of bounded size whose mode has none of the bits that are

@@ -49,6 +49,14 @@ func (k *KME) serveHTTP(ctx context.Context, ln net.Listener, conf *tls.Config, 
 		Protocols:         new(http.Protocols),
 	}
 	s.Protocols.SetHTTP1(true)
+	if err := serveUntil(ctx, s, tlsListener); err != nil {
+		return fmt.Errorf("serve %s: %w", k.name, err)
+	}
+	return nil
+}
+
+// serveUntil serves on ln until ctx ends, then returns nil.
+func serveUntil(ctx context.Context, s *http.Server, ln net.Listener) error {
 	done := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(done)
@@ -59,13 +67,13 @@ func (k *KME) serveHTTP(ctx context.Context, ln net.Listener, conf *tls.Config, 
 			s.Close()
 		}
 	})
-	err = s.Serve(tlsListener)
+	err := s.Serve(ln)
 	if !stop() {
 		<-done
 		return nil
 	}
 	s.Close()
-	return fmt.Errorf("serve %s: %w", k.name, err)
+	return err
 }
 
 // listener hands out connections whose TLS handshake is done, as far as the
