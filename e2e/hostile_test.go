@@ -151,6 +151,90 @@ func TestHostile(t *testing.T) {
 	pings.stop().mustBeComplete(t)
 }
 
+// TestCrowd: ten thousand connections from a hundred addresses that never
+// prove anything: some say nothing, some begin a TLS record and do not end it,
+// some read nothing of what they are told. The peer keeps its link, keeps
+// rotating, and comes back; the rotator's memory stays bounded.
+func TestCrowd(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	hub, good, stranger := l.host("hub"), l.host("lisbon"), l.host("eve")
+	connect(hub, good)
+	good.handshake(hub)
+	pings := good.ping(hub)
+	hub.keyturn("up", hub.write(nil, good.as().with(settings{"role": "server", "address": nil})))
+	good.keyturn("up", good.write(nil, hub.as().with(settings{"role": "client"})))
+	last := eventuallyRotated(t, hub, good, psk.Fingerprint{})
+	s, err := hub.status()
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := hub.memory(s.PID)
+
+	const strangers, each = 100, 100
+	at := &net.TCPAddr{IP: hub.addr.AsSlice(), Port: 51822}
+	var open []net.Conn
+	defer func() {
+		for _, c := range open {
+			c.Close()
+		}
+	}()
+	err = stranger.in(func() error {
+		for i := range strangers {
+			from := net.IPv4(192, 0, 2, byte(100+i))
+			if err := ip(fmt.Sprintf("addr add %s/24 dev eth0", from)); err != nil {
+				return err
+			}
+			for j := range each {
+				c, err := (&net.Dialer{Timeout: 2 * time.Second, LocalAddr: &net.TCPAddr{IP: from}}).Dial("tcp", at.String())
+				if err != nil {
+					continue // the hub has enough of this one
+				}
+				open = append(open, c)
+				if j%2 == 1 {
+					_, _ = c.Write([]byte("\x16\x03\x01\x40\x00\x01"))
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(open) < strangers {
+		t.Errorf("only %d connections", len(open))
+	}
+	good.handshake(hub)
+	last = eventuallyRotated(t, hub, good, last)
+	after := hub.memory(s.PID)
+	t.Logf("%d connections were accepted by the kernel; memory before %d KiB, after %d KiB", len(open), before, after)
+	if after > before+16<<10 {
+		t.Errorf("memory grew from %d to %d KiB", before, after)
+	}
+	good.keyturn("down", wg0)
+	good.keyturn("up", wg0)
+	rotateAgain(t, good, hub, last)
+	pings.stop().mustBeComplete(t)
+}
+
+// memory returns what a process of the host has of the machine's memory, in KiB.
+func (h *host) memory(pid int) (kib int) {
+	h.lab.t.Helper()
+	err := h.in(func() error {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil {
+			return err
+		}
+		_, rest, _ := strings.Cut(string(text), "VmRSS:")
+		_, err = fmt.Sscan(rest, &kib)
+		return err
+	})
+	if err != nil {
+		h.lab.t.Fatal(err)
+	}
+	return kib
+}
+
 // crowd opens more connections than a listener has places for, and leaves them
 // idle until the test ends.
 func (h *host) crowd(at string) {
