@@ -66,14 +66,13 @@ func (r *remote) call(parent context.Context, verb string, body []byte) ([]byte,
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if _, refused := errors.AsType[refusal](err); refused {
-		return answer, err // over a link that is up
-	}
-	if up := err == nil; up != r.state.Up || r.state.Since.IsZero() {
+	_, refused := errors.AsType[refusal](err) // over a link that is up
+	up := err == nil || refused
+	if up != r.state.Up || r.state.Since.IsZero() {
 		r.state.Up, r.state.Since = up, time.Now()
 	}
 	r.state.Error = ""
-	if err != nil {
+	if !up {
 		r.state.Error = err.Error()
 	}
 	return answer, err
