@@ -3,6 +3,7 @@ package kmesim
 import (
 	"bytes"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 )
@@ -87,6 +88,8 @@ const (
 
 // ksid names a key stream; all zero asks for a new one.
 type ksid [ksidSize]byte
+
+func (id ksid) String() string { return hex.EncodeToString(id[:]) }
 
 // qos is what an application asks of a stream, and what it gets.
 type qos struct {

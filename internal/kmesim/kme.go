@@ -75,6 +75,7 @@ type KME struct {
 	random      *source
 	pools       *pools // of masters that ask here
 	store       *store // of keys that were made at the other KME
+	streams     *streams
 	peer        peer
 	verbs       map[string]linkHandler // of the link; read only, once the KME is made
 	expires     bool                   // the fault Expired can be; set before the KME serves
@@ -98,9 +99,11 @@ type counters struct {
 func newKME(name, other string, random *source, o Options) *KME {
 	k := &KME{
 		name: name, other: other, log: o.Log.With("kms", name), random: random,
-		pools: newPools(o.Rate, o.Pool), store: newStore(o.MaxKeys), verbs: make(map[string]linkHandler), lifted: make(chan struct{}),
+		pools: newPools(o.Rate, o.Pool), store: newStore(o.MaxKeys), streams: newStreams(maxStreams),
+		verbs: make(map[string]linkHandler), lifted: make(chan struct{}),
 	}
 	k.handleLink(verbHello, func(context.Context, []byte) ([]byte, error) { return nil, nil })
 	k.handleKeys()
+	k.handleStreams()
 	return k
 }
