@@ -25,27 +25,65 @@ const keyBits = 8 * psk.Size
 type Client struct {
 	kms  *KMS
 	peer string // its SAE ID
+
+	sharing
 }
 
-// Key implements kms.Source by "Get key" (ETSI GS QKD 014 V1.1.1, 5.2). It
-// lasts at most one timeout for each URI, and another to wait for its turn.
+func newClient(k *KMS, peer string) *Client {
+	c := &Client{kms: k, peer: peer}
+	c.life, c.end = context.WithCancel(context.Background())
+	return c
+}
+
+// Key implements kms.Source by "Get key" (ETSI GS QKD 014 V1.1.1, 5.2). Calls
+// at the same time share a request where the KME allows it. One lasts at most
+// one timeout for each URI, and another to wait for its turn; twice that where
+// it first waits for the request of others, or is refused a share in it.
 func (c *Client) Key(ctx context.Context) (string, *psk.Key, error) {
+	d := delivery{err: errAlone}
+	if c.enter() {
+		d = c.share(ctx)
+	}
+	if errors.Is(d.err, errAlone) {
+		var keys []namedKey
+		if keys, d.err = c.fetch(ctx, 1); d.err == nil {
+			d.namedKey = keys[0]
+		}
+	}
+	c.leave()
+	if d.err != nil {
+		return "", nil, fmt.Errorf("fetch key: %w", d.err)
+	}
+	return d.id, d.key, nil
+}
+
+// fetch asks for n fresh keys and returns one to n of them, or an error.
+func (c *Client) fetch(ctx context.Context, n int) ([]namedKey, error) {
 	r := &request{peer: c.peer, verb: "enc_keys", means: keyStatus}
 	if c.kms.post {
-		r.body = marshal(keyRequest{Number: 1, Size: keyBits})
+		r.body = marshal(keyRequest{Number: n, Size: keyBits})
 	} else {
-		r.query = url.Values{"number": {"1"}, "size": {strconv.Itoa(keyBits)}}.Encode()
+		r.query = url.Values{"number": {strconv.Itoa(n)}, "size": {strconv.Itoa(keyBits)}}.Encode()
 	}
 	a, err := c.kms.ask(ctx, r)
 	if err != nil {
-		return "", nil, fmt.Errorf("fetch key: %w", err)
+		return nil, err
 	}
 	defer clear(a.body)
-	id, key, err := decodeKey(a.body)
+	keys, err := decodeKeys(a.body)
 	if err != nil {
-		return "", nil, fmt.Errorf("fetch key: %w", a.wrong(err))
+		return nil, a.wrong(err)
 	}
-	return id, key, nil
+	return first(n, keys), nil // some KMEs have a number of their own
+}
+
+// first returns the first n keys, or as many as there are, and wipes the others.
+func first(n int, keys []namedKey) []namedKey {
+	n = min(n, len(keys))
+	for _, k := range keys[n:] {
+		k.key.Wipe()
+	}
+	return keys[:n]
 }
 
 // KeyByID implements kms.Source by "Get key with key IDs" (ETSI GS QKD 014
@@ -86,15 +124,18 @@ func (c *Client) KeyByID(ctx context.Context, id string) (*psk.Key, error) {
 // take returns the key of an answer, which must be the one with this ID.
 func (c *Client) take(a *answer, id string) (*psk.Key, error) {
 	defer clear(a.body)
-	got, key, err := decodeKey(a.body)
-	if err == nil && got != id {
-		key.Wipe()
-		err = fmt.Errorf("answer holds the key %q instead", got)
+	keys, err := decodeKeys(a.body)
+	switch {
+	case err != nil:
+	case len(keys) > 1:
+		err = fmt.Errorf("answer holds %d keys, not 1", len(keys))
+	case keys[0].id != id:
+		err = fmt.Errorf("answer holds the key %q instead", keys[0].id)
+	default:
+		return keys[0].key, nil
 	}
-	if err != nil {
-		return nil, fmt.Errorf("fetch key %q: %w", id, a.wrong(err))
-	}
-	return key, nil
+	first(0, keys)
+	return nil, fmt.Errorf("fetch key %q: %w", id, a.wrong(err))
 }
 
 // Status implements kms.Source by "Get status" (ETSI GS QKD 014 V1.1.1, 5.1).
@@ -111,8 +152,13 @@ func (c *Client) Status(ctx context.Context) (kms.Status, error) {
 	return s, nil
 }
 
-// Close does nothing: the connections belong to the KMS.
-func (c *Client) Close() error { return nil }
+// Close ends what was begun for nobody in particular. The connections belong to
+// the KMS.
+func (c *Client) Close() error {
+	c.end()
+	c.busy.Wait()
+	return nil
+}
 
 // keyStatus is what an answer to "Get key" means. KMEs without keys are known
 // to say 400, 404, 503 and 504.

@@ -118,9 +118,9 @@ func unescape(dst, s []byte) []byte {
 	return dst
 }
 
-// decodeKey returns the one key of a container. The error says what is wrong
-// without quoting the key.
-func decodeKey(body []byte) (id string, key *psk.Key, err error) {
+// decodeKeys returns the keys of a container, at least one and each of them
+// usable. The error says what is wrong with one without quoting the key.
+func decodeKeys(body []byte) (keys []namedKey, err error) {
 	var c container
 	defer func() {
 		if err != nil {
@@ -130,26 +130,33 @@ func decodeKey(body []byte) (id string, key *psk.Key, err error) {
 		}
 	}()
 	if err := unmarshal(body, &c); err != nil {
-		return "", nil, err
+		return nil, err
 	}
-	if len(c.Keys) != 1 {
-		return "", nil, fmt.Errorf("answer holds %d keys, not 1", len(c.Keys))
+	if len(c.Keys) == 0 {
+		return nil, errors.New("answer holds no key")
 	}
-	k := c.Keys[0]
+	for _, k := range c.Keys {
+		if err := k.check(); err != nil {
+			return nil, err
+		}
+		keys = append(keys, namedKey{*k.ID, k.Key.key})
+	}
+	return keys, nil
+}
+
+// check says why a key cannot be used.
+func (k *containerKey) check() error {
 	switch {
 	case k.Key.err != nil:
-		return "", nil, k.Key.err
+		return k.Key.err
 	case k.Key.key == nil:
-		return "", nil, errors.New("key is missing")
+		return errors.New("key is missing")
 	case k.Key.key.IsZero():
-		return "", nil, errors.New("key is all zero")
+		return errors.New("key is all zero")
 	case k.ID == nil:
-		return "", nil, errors.New("key ID is missing")
+		return errors.New("key ID is missing")
 	}
-	if err := kms.CheckKeyID(*k.ID); err != nil {
-		return "", nil, err
-	}
-	return *k.ID, k.Key.key, nil
+	return kms.CheckKeyID(*k.ID)
 }
 
 // status is the status data format (ETSI GS QKD 014 V1.1.1, 6.1).

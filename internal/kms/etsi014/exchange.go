@@ -72,6 +72,12 @@ func (e *statusError) Error() string {
 
 func (e *statusError) Unwrap() error { return e.means }
 
+// lost reports whether keys may have been delivered all the same: a gateway may
+// have lost what the KME behind it gave; only a KME itself says 503.
+func (e *statusError) lost() bool {
+	return e.status >= 500 && e.status != http.StatusServiceUnavailable
+}
+
 // errLate is the cause of a context that ended by the timeout of a request.
 var errLate = errors.New("no whole answer in time")
 
@@ -100,17 +106,12 @@ func (k *KMS) ask(ctx context.Context, r *request) (*answer, error) {
 			r.lost = sent
 			return nil, all
 		}
-		next := true
-		if se, ok := errors.AsType[*statusError](err); ok {
-			// A gateway may have lost what the KME behind it delivered; only a
-			// KME itself says 503.
-			r.lost = se.status >= 500 && se.status != http.StatusServiceUnavailable
-			next = se.status >= 500
-		} else {
-			r.lost = sent
+		se, answered := errors.AsType[*statusError](err)
+		r.lost = answered && se.lost() || !answered && sent
+		if r.lost || !answered {
 			k.mark(e, time.Now().Add(downTime))
 		}
-		if !next || r.lost && r.once {
+		if answered && se.status < 500 || r.lost && r.once {
 			return nil, all
 		}
 	}

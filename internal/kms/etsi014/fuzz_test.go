@@ -7,9 +7,9 @@ import (
 	"keyturn/internal/kms"
 )
 
-// FuzzDecodeKey: whatever a KME sends, there is a whole usable key or an error
+// FuzzDecodeKeys: whatever a KME sends, there are whole usable keys or an error
 // that gives nothing of the answer away.
-func FuzzDecodeKey(f *testing.F) {
+func FuzzDecodeKeys(f *testing.F) {
 	for _, s := range []string{
 		keyAnswer, "", "null", "[]", "{", `{"keys":[{}]}`, `{"keys":[{"key_ID":"a","key":"\u0041\\"}]}`,
 		`{"keys":[{"key":"AA==","key":"` + testKey + `","key_ID":"a"}]}`, `{"keys":[{"key":"\uD83D\uDE00"}]}`,
@@ -17,18 +17,23 @@ func FuzzDecodeKey(f *testing.F) {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
-		id, key, err := decodeKey(body)
+		keys, err := decodeKeys(body)
 		if err != nil {
-			if key != nil || id != "" {
-				t.Error("something beside the error")
+			if keys != nil {
+				t.Error("keys beside the error")
 			}
 			if len(err.Error()) > 300 {
 				t.Errorf("error of %d bytes", len(err.Error()))
 			}
 			return
 		}
-		if key == nil || key.IsZero() || kms.CheckKeyID(id) != nil {
-			t.Errorf("unusable key with ID %q", id)
+		if len(keys) == 0 {
+			t.Error("neither a key nor an error")
+		}
+		for _, k := range keys {
+			if k.key == nil || k.key.IsZero() || kms.CheckKeyID(k.id) != nil {
+				t.Errorf("unusable key with ID %q", k.id)
+			}
 		}
 	})
 }

@@ -1,6 +1,6 @@
 // Package etsi014 speaks to a key management entity by ETSI GS QKD 014
 // V1.1.1: JSON over HTTPS with mutual TLS. It owns what a rotator needs of
-// that interface (one 256-bit key at a time) and what real systems are known
+// that interface (256-bit keys) and what real systems are known
 // to get wrong. It never skips the verification of a certificate, follows no
 // redirect, and repeats no request for a key whose answer may have been lost:
 // delivery removes a key from the KME.
@@ -144,7 +144,7 @@ func (k *KMS) For(peerSAE string) (kms.Source, error) {
 	if peerSAE == k.sae {
 		return nil, fmt.Errorf("SAE %q is our own, not a peer's", peerSAE)
 	}
-	return &Client{kms: k, peer: peerSAE}, nil
+	return newClient(k, peerSAE), nil
 }
 
 // Close closes the connections that are not in use. The sources of k are not

@@ -1,0 +1,180 @@
+package etsi014
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"time"
+
+	"keyturn/internal/psk"
+)
+
+// maxShared bounds the keys of one answer, whatever a KME allows: with it each
+// of them may take up 4 KiB of maxAnswer.
+const maxShared = 16
+
+// aloneTime is how long a KME that did not give several keys is asked for one
+// at a time, and how long one that did not tell how many it gives is not asked
+// for that again.
+const aloneTime = time.Minute
+
+// sharing lets those who want a key shared with the same peer at the same time
+// share one request. Nothing is fetched that nobody waits for, and nothing is
+// kept: keys are scarce, and one in store is one more to lose and to protect.
+type sharing struct {
+	life context.Context // ends at Close
+	end  context.CancelFunc
+	busy sync.WaitGroup // the goroutines below
+
+	mu      sync.Mutex
+	calls   int       // of Key, under way
+	most    int       // keys in one answer, as the KME told; 0: it has not
+	alone   time.Time // until then everybody asks for one key
+	queue   []*waiter // in the order in which they came
+	serving bool      // whether a goroutine serves the queue
+	cancel  context.CancelFunc
+}
+
+// waiter is a call that waits for its key.
+type waiter struct {
+	asked bool          // whether the request under way asks for its key
+	got   chan delivery // of one
+}
+
+// delivery is what a call gets: a key, an error, or errAlone.
+type delivery struct {
+	namedKey
+	err error
+}
+
+// namedKey is a key and its ID.
+type namedKey struct {
+	id  string
+	key *psk.Key
+}
+
+// errAlone sends a waiter to ask for its key by itself.
+var errAlone = errors.New("this KME gives one key at a time")
+
+// enter counts a call of Key and says whether it may share a request. The first
+// call that is not alone has the KME asked how many keys it gives at a time,
+// and does not wait for that.
+func (c *Client) enter() (share bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.calls++
+	if time.Now().Before(c.alone) {
+		return false
+	}
+	if c.most == 0 && c.calls > 1 {
+		c.alone = time.Now().Add(aloneTime)
+		c.busy.Go(c.learn)
+		return false
+	}
+	return c.most > 1
+}
+
+func (c *Client) leave() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.calls--
+}
+
+// learn asks how many keys one request may ask for. A KME that does not know
+// gives one.
+func (c *Client) learn() {
+	s, err := c.Status(c.life)
+	if err != nil {
+		return // until aloneTime is over
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.most = int(min(max(1, s.MaxKeysPerRequest), maxShared))
+	c.alone = time.Time{}
+}
+
+// share waits for a key of a request that is shared with others.
+func (c *Client) share(ctx context.Context) delivery {
+	w := &waiter{got: make(chan delivery, 1)}
+	c.mu.Lock()
+	c.queue = append(c.queue, w)
+	if !c.serving {
+		c.serving = true
+		c.busy.Go(c.serve)
+	}
+	c.mu.Unlock()
+	select {
+	case d := <-w.got:
+		return d
+	case <-ctx.Done():
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	select {
+	case d := <-w.got: // it was faster
+		return d
+	default:
+	}
+	c.queue = slices.DeleteFunc(c.queue, func(o *waiter) bool { return o == w })
+	if len(c.queue) == 0 && c.cancel != nil {
+		c.cancel() // nobody is left who could use an answer
+	}
+	return delivery{err: context.Cause(ctx)}
+}
+
+// serve sends one request after the other until the queue is empty. Those who
+// come while one is under way share the next. When several keys were asked for
+// and fewer came, nobody shares for a while: some KMEs give one whatever they
+// said, or seldom have as many.
+func (c *Client) serve() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for len(c.queue) > 0 {
+		n := min(len(c.queue), c.most)
+		for _, w := range c.queue[:n] {
+			w.asked = true
+		}
+		ctx, cancel := context.WithCancel(c.life)
+		c.cancel = cancel
+		c.mu.Unlock()
+		keys, err := c.fetch(ctx, n)
+		c.mu.Lock()
+		c.cancel = nil
+		if n > 1 && len(keys) < n && ctx.Err() == nil {
+			c.alone = time.Now().Add(aloneTime)
+		}
+		cancel()
+		c.deliver(keys, err)
+	}
+	c.serving = false
+}
+
+// deliver hands out what came of a request. The keys go to those who came
+// first, so that one whose caller has gone is another's; nobody left, it is
+// wiped.
+func (c *Client) deliver(keys []namedKey, err error) {
+	for _, k := range first(len(c.queue), keys) {
+		c.queue[0].got <- delivery{namedKey: k}
+		c.queue = c.queue[1:]
+	}
+	alone := time.Now().Before(c.alone)
+	c.queue = slices.DeleteFunc(c.queue, func(w *waiter) bool {
+		switch {
+		case w.asked && err != nil && !(alone && tookNothing(err)):
+			w.got <- delivery{err: err}
+		case alone:
+			w.got <- delivery{err: errAlone}
+		default:
+			return false
+		}
+		return true
+	})
+}
+
+// tookNothing reports whether a KME answered that it gives no keys: there is no
+// harm in asking again.
+func tookNothing(err error) bool {
+	se, ok := errors.AsType[*statusError](err)
+	return ok && !se.lost()
+}
