@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -13,7 +15,9 @@ import (
 	"keyturn/internal/config"
 	"keyturn/internal/control"
 	"keyturn/internal/daemon"
+	"keyturn/internal/kms"
 	"keyturn/internal/link"
+	"keyturn/internal/psk"
 	"keyturn/internal/wg"
 )
 
@@ -26,11 +30,12 @@ func newCheck(d *dirs) *cobra.Command {
 	return &cobra.Command{
 		Use:   "check CONFIG|INTERFACE",
 		Short: "Check a configuration and all that it needs",
-		Long: `Check the configuration, the WireGuard interface and its peers, each KMS (no key
-is taken), and each peer's rotator that has an address: whether it is reached
-and proves the configured identity. Nothing is changed. Where the rotator of the
-interface runs, its own links are looked at instead, since a second connection
-would disturb them.
+		Long: `Check the configuration, the WireGuard interface and its peers, the identity,
+the address to listen at, each KMS (what its status says; no key is taken), and
+each peer's rotator that has an address: whether it is reached and proves the
+configured identity. Nothing is changed. Where the rotator of the interface
+runs, its own links are looked at instead, since a second connection would
+disturb them.
 
 Exit code 1: the configuration is wrong. Exit code 3: something else is.`,
 		Args:              exactly("CONFIG|INTERFACE"),
@@ -99,7 +104,14 @@ func (d *dirs) check(ctx context.Context, c *config.Config, r *results) {
 	if err != nil {
 		running = nil
 	}
-	identity, identityErr := link.ReadIdentityFile(c.Identity)
+	identity, identityErr := daemon.ReadIdentity(c)
+	line := r.next("identity")
+	if identityErr != nil {
+		r.fail(line, identityErr)
+	} else {
+		r.set(line, "ok", identity.Fingerprint().String())
+	}
+	checkListen(ctx, c, running, r)
 	sources, sourcesErr := daemon.OpenSources(c)
 	if sourcesErr == nil {
 		defer sources.Close()
@@ -141,7 +153,7 @@ func (d *dirs) check(ctx context.Context, c *config.Config, r *results) {
 				r.set(line, "ok", detail)
 			}
 		case identityErr != nil:
-			r.fail(r.next("peer "+p.Name), identityErr)
+			r.set(r.next("peer "+p.Name), "skipped", "needs the identity")
 		case p.Address == "":
 			r.set(r.next("peer "+p.Name), "skipped", "has no address: it has to dial")
 		default:
@@ -174,6 +186,23 @@ func checkInterface(c *config.Config, r *results) {
 	}
 }
 
+// checkListen tries the address that peers connect to, unless the running
+// rotator has it.
+func checkListen(ctx context.Context, c *config.Config, running *control.Status, r *results) {
+	line := r.next("listen " + c.Listen)
+	ln, err := new(net.ListenConfig).Listen(ctx, "tcp", c.Listen)
+	switch {
+	case err == nil:
+		_ = ln.Close()
+		r.set(line, "ok", "")
+	case running != nil && errors.Is(err, syscall.EADDRINUSE):
+		// Its own address may be another form of the one configured.
+		r.set(line, "ok", "in use; the running rotator listens at "+running.Listen)
+	default:
+		r.fail(line, err)
+	}
+}
+
 func checkKMS(ctx context.Context, sources *daemon.Sources, p *config.Peer) (string, error) {
 	source, err := sources.For(p)
 	if err != nil {
@@ -184,11 +213,36 @@ func checkKMS(ctx context.Context, sources *daemon.Sources, p *config.Peer) (str
 	if err != nil {
 		return "", err
 	}
-	detail := strings.Join(p.KMS.URIs, ", ")
-	if status.StoredKeys > 0 { // many systems say 0 whatever they have
-		detail += fmt.Sprintf(", %d keys stored", status.StoredKeys)
+	return describeKMS(p, &status)
+}
+
+// describeKMS says what a KMS says of itself, as far as it says anything: many
+// leave counts at zero whatever they have. What keeps it from serving the peer
+// is an error.
+func describeKMS(p *config.Peer, s *kms.Status) (string, error) {
+	const bits = 8 * psk.Size
+	switch {
+	case s.MaxKeySize > 0 && s.MaxKeySize < bits:
+		return "", fmt.Errorf("has keys of at most %d bits, not %d", s.MaxKeySize, bits)
+	case s.MinKeySize > bits:
+		return "", fmt.Errorf("has keys of at least %d bits, not %d", s.MinKeySize, bits)
+	case s.MasterSAE != "" && s.MasterSAE != p.KMS.SAE:
+		return "", fmt.Errorf("knows this end as %q, not %q", s.MasterSAE, p.KMS.SAE)
+	case s.SlaveSAE != "" && s.SlaveSAE != p.SAE:
+		return "", fmt.Errorf("answers for %q, not %q", s.SlaveSAE, p.SAE)
 	}
-	return detail, nil
+	parts := []string{strings.Join(p.KMS.URIs, ", ")}
+	add := func(when bool, format string, args ...any) {
+		if when {
+			parts = append(parts, fmt.Sprintf(format, args...))
+		}
+	}
+	add(s.SourceKME != "", "%s to %s", s.SourceKME, s.TargetKME)
+	add(s.MaxKeySize > 0, "keys of %d to %d bits", s.MinKeySize, s.MaxKeySize)
+	add(s.StoredKeys > 0 && s.MaxKeys == 0, "%d keys stored", s.StoredKeys)
+	add(s.MaxKeys > 0, "%d of %d keys stored", s.StoredKeys, s.MaxKeys)
+	add(s.MaxKeysPerRequest > 1, "%d keys a request", s.MaxKeysPerRequest)
+	return strings.Join(parts, ", "), nil
 }
 
 func checkPeer(ctx context.Context, self *link.Identity, p *config.Peer) (string, error) {
@@ -209,6 +263,10 @@ func linkOf(s *control.Status, p *config.Peer) (string, error) {
 	for _, peer := range s.Peers {
 		if peer.PublicKey != wg.PublicKey(p.PublicKey).String() {
 			continue
+		}
+		if len(peer.Differences) > 0 {
+			d := peer.Differences[0]
+			return "", fmt.Errorf("the ends are configured differently: %s is %s here, %s there; %s", d.Field, orNone(d.Ours), orNone(d.Theirs), count(len(peer.Differences), "difference"))
 		}
 		if peer.Link.State != control.LinkUp {
 			return "", fmt.Errorf("the running rotator's link is %s", linkText(&peer.Link, time.Now()))

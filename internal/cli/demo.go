@@ -29,7 +29,7 @@ The exit code is 1 if a ping was lost, a handshake failed, or the ends hold
 different keys at the end.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if o.For < 0 {
+			if o.For < 0 || o.For == 0 && cmd.Flags().Changed("for") {
 				return usage(cmd, errors.New("--for is a time to run, such as 30s"))
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)

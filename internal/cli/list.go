@@ -17,46 +17,41 @@ import (
 	"keyturn/internal/registry"
 )
 
-// seen is a rotator as this host knows it: what it says of itself, or why it
-// says nothing.
-type seen struct {
-	status  control.Status
-	problem string // empty: running, or brought down in order
-}
-
-func (s *seen) degraded() bool { return s.problem != "" || s.running() && s.status.Degraded() }
+// degraded reports whether a rotator needs attention. One that was brought down
+// in order does not.
+func degraded(s *control.Status) bool { return s.Problem != "" || running(s) && s.Degraded() }
 
 // running reports whether a rotator answered.
-func (s *seen) running() bool { return s.status.PID != 0 }
+func running(s *control.Status) bool { return s.PID != 0 }
 
 // look asks one rotator.
-func (d *dirs) look(ctx context.Context, iface string) (*seen, error) {
+func (d *dirs) look(ctx context.Context, iface string) (*control.Status, error) {
 	e, err := d.known(iface)
 	if err != nil {
 		return nil, err
 	}
 	status, err := d.client(iface).Status(ctx)
 	if err == nil {
-		return &seen{status: *status}, nil
+		return status, nil
 	}
-	s := &seen{status: control.Status{
+	s := &control.Status{
 		Interface: iface, ConfigPath: e.Config, State: control.StateDown,
 		Peers: []control.PeerStatus{}, Warnings: []control.Warning{},
-	}}
+	}
 	switch {
 	case !errors.Is(err, control.ErrNotRunning):
-		s.problem = err.Error()
+		s.Problem = err.Error()
 	case e.Process.Alive():
-		s.problem = fmt.Sprintf("process %d runs but does not answer", e.Process.PID)
+		s.Problem = fmt.Sprintf("process %d runs but does not answer", e.Process.PID)
 	case e.Process != registry.Process{}:
-		s.problem = "ended without being brought down"
+		s.Problem = "ended without being brought down"
 	}
 	return s, nil
 }
 
 // lookAll asks all rotators of this host at once, in the order of their
 // interfaces.
-func (d *dirs) lookAll(ctx context.Context) ([]*seen, error) {
+func (d *dirs) lookAll(ctx context.Context) ([]*control.Status, error) {
 	names, err := d.registry().Interfaces()
 	if err != nil {
 		return nil, err
@@ -73,13 +68,16 @@ func (d *dirs) lookAll(ctx context.Context) ([]*seen, error) {
 		}
 	}
 	names = slices.Sorted(maps.Keys(set))
-	all := make([]*seen, len(names))
+	all := make([]*control.Status, len(names))
 	var wg sync.WaitGroup
 	for i, n := range names {
 		wg.Go(func() {
 			s, err := d.look(ctx, n)
 			if err != nil { // an entry that cannot be read
-				s = &seen{problem: err.Error(), status: control.Status{Interface: n, State: control.StateDown}}
+				s = &control.Status{
+					Interface: n, State: control.StateDown, Problem: err.Error(),
+					Peers: []control.PeerStatus{}, Warnings: []control.Warning{},
+				}
 			}
 			all[i] = s
 		})
@@ -113,7 +111,7 @@ ended without being brought down.`,
 			if err := writeTable(cmd.OutOrStdout(), lsRows(all, time.Now())); err != nil {
 				return err
 			}
-			return degradedIf(slices.ContainsFunc(all, (*seen).degraded))
+			return degradedIf(slices.ContainsFunc(all, degraded))
 		},
 	}
 }
@@ -130,14 +128,14 @@ func degradedIf(degraded bool) error {
 	return nil
 }
 
-func lsRows(all []*seen, now time.Time) [][]string {
+func lsRows(all []*control.Status, now time.Time) [][]string {
 	rows := [][]string{{"INTERFACE", "STATE", "PEERS", "LAST ROTATION"}}
 	for _, s := range all {
-		row := []string{s.status.Interface, string(s.status.State), "-", "-"}
-		if s.running() {
-			row[2] = fmt.Sprintf("%d/%d", s.status.ProtectedPeers(), len(s.status.Peers))
+		row := []string{s.Interface, string(s.State), "-", "-"}
+		if running(s) {
+			row[2] = fmt.Sprintf("%d/%d", s.ProtectedPeers(), len(s.Peers))
 			var last time.Time
-			for _, p := range s.status.Peers {
+			for _, p := range s.Peers {
 				if p.LastRotation.After(last) {
 					last = p.LastRotation
 				}
@@ -152,17 +150,17 @@ func lsRows(all []*seen, now time.Time) [][]string {
 }
 
 // whatIsWrong says in one line what is most wrong with a rotator.
-func whatIsWrong(s *seen) string {
-	if s.problem != "" {
-		return s.problem
+func whatIsWrong(s *control.Status) string {
+	if s.Problem != "" {
+		return s.Problem
 	}
-	for _, w := range s.status.Warnings {
+	for _, w := range s.Warnings {
 		if w.Severity == control.SeverityError {
 			return w.Text
 		}
 	}
 	first, others := "", 0
-	for _, p := range s.status.Peers {
+	for _, p := range s.Peers {
 		if p.Protected {
 			continue
 		}
@@ -178,12 +176,12 @@ func whatIsWrong(s *seen) string {
 		}
 		return first
 	}
-	for _, w := range s.status.Warnings {
+	for _, w := range s.Warnings {
 		if w.Severity == control.SeverityWarning {
 			return w.Text
 		}
 	}
-	for _, p := range s.status.Peers {
+	for _, p := range s.Peers {
 		for _, w := range p.Warnings {
 			if w.Severity != control.SeverityInfo {
 				return p.Name + ": " + w.Text

@@ -63,7 +63,7 @@ rotator does not run.`,
 				if _, err := out.Write(b.Bytes()); err != nil {
 					return err
 				}
-				return degradedIf(slices.ContainsFunc(all, func(s *seen) bool { return s.degraded() || !s.running() }))
+				return degradedIf(slices.ContainsFunc(all, func(s *control.Status) bool { return degraded(s) || !running(s) }))
 			}
 			if !watch {
 				return show(cmd.Context())
@@ -76,7 +76,7 @@ rotator does not run.`,
 	return cmd
 }
 
-func (d *dirs) lookAtArgs(ctx context.Context, args []string) ([]*seen, error) {
+func (d *dirs) lookAtArgs(ctx context.Context, args []string) ([]*control.Status, error) {
 	if len(args) == 0 {
 		return d.lookAll(ctx)
 	}
@@ -84,7 +84,7 @@ func (d *dirs) lookAtArgs(ctx context.Context, args []string) ([]*seen, error) {
 	if err != nil {
 		return nil, err
 	}
-	return []*seen{s}, nil
+	return []*control.Status{s}, nil
 }
 
 // repeat shows again and again until ctx ends, which is how a watch ends well.
@@ -103,10 +103,10 @@ func repeat(ctx context.Context, show func(context.Context) error) error {
 	}
 }
 
-func encodeStatus(w io.Writer, all []*seen, one, compact bool) error {
+func encodeStatus(w io.Writer, all []*control.Status, one, compact bool) error {
 	statuses := make([]control.Status, len(all))
 	for i, s := range all {
-		statuses[i] = s.status
+		statuses[i] = *s
 	}
 	var v any = statuses
 	if one {
@@ -156,7 +156,7 @@ func (b *blocks) warnings(ws []control.Warning) {
 	}
 }
 
-func writeStatus(w io.Writer, all []*seen, now time.Time, s style) error {
+func writeStatus(w io.Writer, all []*control.Status, now time.Time, s style) error {
 	b := &blocks{style: s}
 	for _, r := range all {
 		b.rotator(r, now)
@@ -165,19 +165,18 @@ func writeStatus(w io.Writer, all []*seen, now time.Time, s style) error {
 	return err
 }
 
-func (b *blocks) rotator(r *seen, now time.Time) {
-	s := &r.status
+func (b *blocks) rotator(s *control.Status, now time.Time) {
 	b.head("interface", s.Interface, "")
 	switch {
-	case r.problem != "":
-		b.line("state", b.red(string(s.State))+": "+printable(r.problem))
+	case s.Problem != "":
+		b.line("state", b.red(string(s.State))+": "+printable(s.Problem))
 	case s.State == control.StateUp:
 		b.line("state", b.green(string(s.State)))
 	default:
 		b.line("state", b.yellow(string(s.State)))
 	}
 	b.text("configuration", s.ConfigPath)
-	if !r.running() {
+	if !running(s) {
 		return
 	}
 	b.line("process", fmt.Sprintf("%d, started %s", s.PID, ago(now.Sub(s.StartedAt))))

@@ -95,8 +95,9 @@ peer: porto (server here)
 `
 
 func TestStatusText(t *testing.T) {
+	one := sample()
 	var b bytes.Buffer
-	if err := writeStatus(&b, []*seen{{status: sample()}}, now, false); err != nil {
+	if err := writeStatus(&b, []*control.Status{&one}, now, false); err != nil {
 		t.Fatal(err)
 	}
 	if d := cmp.Diff(statusText, b.String()); d != "" {
@@ -108,7 +109,7 @@ func TestStatusText(t *testing.T) {
 		}
 	}
 	var coloured bytes.Buffer
-	if err := writeStatus(&coloured, []*seen{{status: sample()}}, now, true); err != nil {
+	if err := writeStatus(&coloured, []*control.Status{&one}, now, true); err != nil {
 		t.Fatal(err)
 	}
 	if !strings.Contains(coloured.String(), "\x1b[31mno\x1b[0m: ") || strings.Contains(coloured.String(), "\x1b[2J") {
@@ -130,10 +131,10 @@ func TestLs(t *testing.T) {
 	several.Interface, several.Warnings = "wg4", nil
 	several.Peers = append(several.Peers, several.Peers[1])
 	down := control.Status{Interface: "wg5", State: control.StateDown}
-	all := []*seen{
-		{status: sample()}, {status: well}, {status: kmsDown}, {status: journal}, {status: several}, {status: down},
-		{status: down, problem: "ended\x1b[2J without\nbeing brought down"}, // as foreign text may be
-	}
+	ended := down
+	ended.Problem = "ended\x1b[2J without\nbeing brought down" // as foreign text may be
+	first := sample()
+	all := []*control.Status{&first, &well, &kmsDown, &journal, &several, &down, &ended}
 	var b bytes.Buffer
 	if err := writeTable(&b, lsRows(all, now)); err != nil {
 		t.Fatal(err)
@@ -151,7 +152,7 @@ wg5        down   -      -                        ended` + "\uFFFD" + `[2J witho
 		t.Errorf("-want +got:\n%s", d)
 	}
 	for i, want := range []bool{true, false, true, true, true, false, true} {
-		if all[i].degraded() != want {
+		if degraded(all[i]) != want {
 			t.Errorf("row %d: degraded is %v", i, !want)
 		}
 	}

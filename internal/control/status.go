@@ -16,17 +16,18 @@ import (
 // Durations are seconds, times RFC 3339 by this host's clock; a field
 // without a value is left out.
 type Status struct {
-	Interface  string       `json:"interface"`   // WireGuard interface
-	PID        int          `json:"pid"`         // process ID of the rotator
-	Version    string       `json:"version"`     // of keyturn, of the running process
-	State      State        `json:"state"`       // up, hold or down
-	StartedAt  time.Time    `json:"started_at"`  // start of the process
-	ConfigPath string       `json:"config_path"` // absolute
-	Listen     string       `json:"listen"`      // address of the link's listener
-	PublicKey  string       `json:"public_key"`  // WireGuard public key of the interface
-	Identity   string       `json:"identity"`    // the rotator's own identity, as `keyturn pubkey` prints it
-	Peers      []PeerStatus `json:"peers"`       // in the order of the configuration
-	Warnings   []Warning    `json:"warnings"`    // that concern the whole interface
+	Interface  string       `json:"interface"`         // WireGuard interface
+	PID        int          `json:"pid"`               // process ID of the rotator
+	Version    string       `json:"version"`           // of keyturn, of the running process
+	State      State        `json:"state"`             // up, hold or down
+	StartedAt  time.Time    `json:"started_at"`        // start of the process
+	ConfigPath string       `json:"config_path"`       // absolute
+	Listen     string       `json:"listen"`            // address of the link's listener
+	PublicKey  string       `json:"public_key"`        // WireGuard public key of the interface
+	Identity   string       `json:"identity"`          // the rotator's own identity, as `keyturn pubkey` prints it
+	Peers      []PeerStatus `json:"peers"`             // in the order of the configuration
+	Warnings   []Warning    `json:"warnings"`          // that concern the whole interface
+	Problem    string       `json:"problem,omitempty"` // why the rotator does not answer, where it should
 }
 
 // PeerStatus is what a rotator says of one peer.

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 
 	"golang.org/x/sync/errgroup"
 
@@ -44,7 +45,7 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	defer device.Close()
-	identity, err := link.ReadIdentityFile(c.Identity)
+	identity, err := ReadIdentity(c)
 	if err != nil {
 		return fmt.Errorf("identity: %w", err)
 	}
@@ -81,6 +82,21 @@ func Run(ctx context.Context, o Options) error {
 	g.Go(func() error { return r.Run(ctx) })
 	o.Ready()
 	return g.Wait()
+}
+
+// ReadIdentity reads the identity that the configuration names, which must not
+// be a peer's as well.
+func ReadIdentity(c *config.Config) (*link.Identity, error) {
+	id, err := link.ReadIdentityFile(c.Identity)
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range c.Peers {
+		if slices.Contains(p.Identities, [32]byte(id.Fingerprint())) {
+			return nil, fmt.Errorf("%s is that of peer %s as well: each rotator has its own", c.Identity, p.Name)
+		}
+	}
+	return id, nil
 }
 
 // OpenDevice opens the interface and judges the configuration by it.

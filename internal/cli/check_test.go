@@ -1,0 +1,38 @@
+package cli
+
+import (
+	"testing"
+
+	"keyturn/internal/config"
+	"keyturn/internal/kms"
+)
+
+// TestDescribeKMS: what a KMS says of itself is told, and what keeps it from
+// serving a peer is an error.
+func TestDescribeKMS(t *testing.T) {
+	p := &config.Peer{SAE: "sae_002", KMS: &config.KMS{SAE: "sae_001", URIs: []string{"https://kme-a", "https://kme-b"}}}
+	whole := kms.Status{
+		SourceKME: "kme-a", TargetKME: "kme-b", MasterSAE: "sae_001", SlaveSAE: "sae_002",
+		KeySize: 256, MinKeySize: 64, MaxKeySize: 1024, StoredKeys: 3, MaxKeys: 100, MaxKeysPerRequest: 128,
+	}
+	for _, tt := range []struct {
+		name string
+		edit func(*kms.Status)
+		want string
+		err  string
+	}{
+		{"everything", func(*kms.Status) {}, "https://kme-a, https://kme-b, kme-a to kme-b, keys of 64 to 1024 bits, 3 of 100 keys stored, 128 keys a request", ""},
+		{"nothing", func(s *kms.Status) { *s = kms.Status{} }, "https://kme-a, https://kme-b", ""},
+		{"too small", func(s *kms.Status) { s.MaxKeySize = 128 }, "", "has keys of at most 128 bits, not 256"},
+		{"too large", func(s *kms.Status) { s.MinKeySize = 512 }, "", "has keys of at least 512 bits, not 256"},
+		{"another certificate", func(s *kms.Status) { s.MasterSAE = "sae_003" }, "", `knows this end as "sae_003", not "sae_001"`},
+		{"another peer", func(s *kms.Status) { s.SlaveSAE = "sae_004" }, "", `answers for "sae_004", not "sae_002"`},
+	} {
+		s := whole
+		tt.edit(&s)
+		got, err := describeKMS(p, &s)
+		if got != tt.want || (err == nil) != (tt.err == "") || err != nil && err.Error() != tt.err {
+			t.Errorf("%s: got %q, %v", tt.name, got, err)
+		}
+	}
+}
