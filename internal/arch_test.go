@@ -57,6 +57,7 @@ var packages = map[string]layer{
 	"internal/kms/etsi014":           adapter,
 	"internal/kms/kmshttp":           adapter,
 	"internal/kms/kmstls":            adapter,
+	"internal/kms/qualify":           adapter,
 	"internal/kms/skip":              adapter,
 	"internal/kmesim":                adapter,
 	"internal/wg":                    adapter,
