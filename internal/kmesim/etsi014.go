@@ -16,13 +16,18 @@ import (
 // Limits of a request.
 const maxRequest = 64 << 10 // bytes of its body
 
-// ServeHTTP answers one request by ETSI GS QKD 014, with the KME's faults.
+// ServeHTTP answers one request by ETSI GS QKD 014 or by SKIP, with the KME's
+// faults.
 func (k *KME) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	k.faulty(http.HandlerFunc(k.serveETSI014)).ServeHTTP(w, r)
+	k.faulty(http.HandlerFunc(k.serve)).ServeHTTP(w, r)
 }
 
-func (k *KME) serveETSI014(w http.ResponseWriter, r *http.Request) {
-	body, p := k.handle(w, r)
+func (k *KME) serve(w http.ResponseWriter, r *http.Request) {
+	handle := k.handle
+	if _, _, ok := skipPath(r.URL); ok {
+		handle = k.handleSKIP
+	}
+	body, p := handle(w, r)
 	if p != nil {
 		if p.status == http.StatusMethodNotAllowed {
 			w.Header().Set("Allow", p.allow)
@@ -216,8 +221,8 @@ const (
 // reply writes an answer and leaves no copy of it behind.
 func reply(w http.ResponseWriter, status int, v any) {
 	var b []byte
-	if c, ok := v.(*container); ok {
-		b = c.encode()
+	if secret, ok := v.(interface{ encode() []byte }); ok {
+		b = secret.encode()
 		defer clear(b)
 	} else {
 		var err error
