@@ -29,6 +29,8 @@ type Config struct {
 	Only, Link, Peer string
 	// Admin is the path of the admin endpoint's socket; none if empty.
 	Admin string
+	// Streams is where the KMEs answer by ETSI GS QKD 004 as well.
+	Streams []StreamPort
 }
 
 // port is an address where a KME listens, and what it does there.
@@ -54,6 +56,7 @@ func Run(ctx context.Context, c Config, ready func(addrA, addrB net.Addr)) error
 	var ports []port
 	var runs []*KME
 	var at [2]net.Addr
+	streamsAt := make([][2]net.Addr, len(c.Streams))
 	for i, k := range []*KME{pair.A, pair.B} {
 		if c.Only != "" && k.name != c.Only {
 			continue
@@ -70,6 +73,13 @@ func Run(ctx context.Context, c Config, ready func(addrA, addrB net.Addr)) error
 			return func(ctx context.Context, ln net.Listener) error { return f(ctx, ln, proof.serverTLS()) }
 		}
 		ports = append(ports, port{[]string{c.AddrA, c.AddrB}[i], serve(k.Serve), &at[i]})
+		for j, p := range c.Streams {
+			if addr := []string{p.AddrA, p.AddrB}[i]; addr != "" {
+				ports = append(ports, port{addr, serve(func(ctx context.Context, ln net.Listener, conf *tls.Config) error {
+					return k.ServeStreams(ctx, ln, conf, p.StreamOptions)
+				}), &streamsAt[j][i]})
+			}
+		}
 		if c.Only != "" {
 			server, client := proof.linkTLS(k.other)
 			r := newRemote(c.Peer, client, new(net.Dialer).DialContext)
@@ -88,6 +98,11 @@ func Run(ctx context.Context, c Config, ready func(addrA, addrB net.Addr)) error
 		if admin, err = listenAdmin(ctx, c.Admin); err != nil {
 			closeAll(lns)
 			return err
+		}
+	}
+	for i, p := range c.Streams {
+		if p.Listening != nil {
+			p.Listening(streamsAt[i][0], streamsAt[i][1])
 		}
 	}
 	if ready != nil {
