@@ -184,7 +184,7 @@ func (f *Fault) parseValue(text string, given bool) (err error) {
 			return errors.New("code is not between 200 and 599")
 		}
 		if _, known := page(shape); !known {
-			return fmt.Errorf("unknown shape %q: one of %s", shape, strings.Join(shapes(), ", "))
+			return fmt.Errorf("unknown shape %q: one of %s", shape, strings.Join(Shapes(), ", "))
 		}
 		f.Shape = shape
 	default:

@@ -238,9 +238,26 @@ func TestParseFault(t *testing.T) {
 		{"slow=-1s", `fault "slow=-1s": delay is not between 0 and 10m0s`},
 		{"slow=1h", `fault "slow=1h": delay is not between 0 and 10m0s`},
 		{"slow=soon", `fault "slow=soon": delay is not between 0 and 10m0s`},
+		{"wrong-size=12", `fault "wrong-size=12": size is not a multiple of 8 between 8 and 65536 bits`},
+		{"late=200", `fault "late=200": code is not between 400 and 599`},
+		{"page", `fault "page": page needs a code and a shape, as page=404/text`},
+		{"page=100/text", `fault "page=100/text": code is not between 200 and 599`},
+		{"page=404", `fault "page=404": unknown shape "": one of html, text, empty, message, problem, nested, array, string, number, null, truncated, no-keys, binary, long`},
+		{"down,", `fault "down,": "" is neither for= nor times=`},
+		{"down,for=0s", `fault "down,for=0s": for is not a time of up to 168h0m0s`},
+		{"down,times=0", `fault "down,times=0": times is not between 1 and 1000000`},
+		{"down,when=now", `fault "down,when=now": "when=now" is neither for= nor times=`},
+		{"healthy,for=1s", `fault "healthy,for=1s": healthy has no limits`},
 	} {
 		if _, err := ParseFault(tt.text); err == nil || err.Error() != tt.want {
 			t.Errorf("ParseFault(%q) = %v, want %s", tt.text, err, tt.want)
+		}
+	}
+	for _, text := range []string{
+		"out-of-keys=404,for=2m0s,times=10", "late=503", "wrong-size=512", "drip=100ms,times=1", "page=200/empty,for=1s",
+	} {
+		if f, err := ParseFault(text); err != nil || f.String() != text {
+			t.Errorf("ParseFault(%q) = %v, %v", text, f, err)
 		}
 	}
 	if got := FaultKind(99).String(); got != "fault 99" {
@@ -269,6 +286,75 @@ func TestSlow(t *testing.T) {
 		p.A.SetFault(Fault{})
 		if code := <-done; code != 200 || time.Since(began) != 3*time.Second {
 			t.Errorf("%d after %v", code, time.Since(began))
+		}
+	})
+}
+
+// TestLimitedFault: a fault ends after its time or its times, and one that has
+// ended does not end the next.
+func TestLimitedFault(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := New(Options{})
+		ask := func() int {
+			code, _ := call(p.A, "sae_001", "GET", api+"sae_002/enc_keys", "")
+			return code
+		}
+		p.A.SetFault(Fault{Kind: OutOfKeys, For: time.Minute})
+		time.Sleep(time.Minute - 1)
+		before := ask()
+		time.Sleep(1)
+		synctest.Wait()
+		if after := ask(); before != 503 || after != 200 {
+			t.Errorf("before its end %d, after it %d", before, after)
+		}
+
+		p.A.SetFault(Fault{Kind: OutOfKeys, Times: 2})
+		if code, _ := call(p.A, "sae_001", "GET", api+"sae_002/status", ""); code != 200 {
+			t.Errorf("status: %d", code) // which the fault does not concern
+		}
+		if got := []int{ask(), ask(), ask()}; !cmp.Equal(got, []int{503, 503, 200}) {
+			t.Errorf("%v", got)
+		}
+
+		p.A.SetFault(Fault{Kind: OutOfKeys, For: time.Minute})
+		p.A.SetFault(Fault{Kind: OutOfKeys})
+		p.A.SetFault(Fault{Kind: OutOfKeys, For: time.Minute, Times: 1})
+		ask()
+		p.A.SetFault(Fault{Kind: OutOfKeys})
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if code := ask(); code != 503 {
+			t.Errorf("an end of an earlier fault ended a later one: %d", code)
+		}
+	})
+}
+
+// TestSilentOnce: the last request that a fault strikes is held up until there
+// is another fault.
+func TestSilentOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := New(Options{})
+		p.A.SetFault(Fault{Kind: Silent, Times: 1})
+		var aborted any
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			defer func() { aborted = recover() }()
+			call(p.A, "sae_001", "GET", api+"sae_002/status", "")
+		}()
+		synctest.Wait()
+		if code, _ := call(p.A, "sae_001", "GET", api+"sae_002/status", ""); code != 200 {
+			t.Errorf("the second request: %d", code)
+		}
+		select {
+		case <-done:
+			t.Fatal("the first was answered")
+		default:
+		}
+		p.A.SetFault(Fault{})
+		<-done
+		if aborted != http.ErrAbortHandler {
+			t.Errorf("ended by %v", aborted)
 		}
 	})
 }

@@ -41,7 +41,8 @@ func page(shape string) (int, bool) {
 	return 0, false
 }
 
-func shapes() (names []string) {
+// Shapes returns what a page of the fault Page can look like.
+func Shapes() (names []string) {
 	for _, p := range pages {
 		names = append(names, p.shape)
 	}

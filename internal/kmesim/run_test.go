@@ -26,7 +26,11 @@ func start(tb testing.TB, c kmesim.Config) (uriA, uriB string) {
 	ready, done := make(chan struct{}), make(chan error, 1)
 	go func() {
 		done <- kmesim.Run(ctx, c, func(a, b net.Addr) {
-			uriA, uriB = "https://"+a.String(), "https://"+b.String()
+			for uri, at := range map[*string]net.Addr{&uriA: a, &uriB: b} {
+				if at != nil { // else it does not run here
+					*uri = "https://" + at.String()
+				}
+			}
 			close(ready)
 		})
 	}()
@@ -44,11 +48,19 @@ func start(tb testing.TB, c kmesim.Config) (uriA, uriB string) {
 	return uriA, uriB
 }
 
+// patience is a timeout that no healthy KME exceeds, also on a busy machine.
+const patience = 20 * time.Second
+
 // source connects SAE n to a KME, for the keys shared with another SAE.
 func source(tb testing.TB, lab *kmesim.Lab, uri string, n, peer int) kms.Source {
 	tb.Helper()
+	return sourceWithin(tb, patience, lab, uri, n, peer)
+}
+
+func sourceWithin(tb testing.TB, timeout time.Duration, lab *kmesim.Lab, uri string, n, peer int) kms.Source {
+	tb.Helper()
 	return connect(tb, etsi014.Config{
-		URIs: []string{uri}, SAE: kmesim.SAEName(n), TLS: kmstls.Config{Memory: lab.ClientTLS(n)}, Timeout: time.Second,
+		URIs: []string{uri}, SAE: kmesim.SAEName(n), TLS: kmstls.Config{Memory: lab.ClientTLS(n)}, Timeout: timeout,
 	}, peer)
 }
 
@@ -97,31 +109,55 @@ func exchange(ctx context.Context, a, b kms.Source) error {
 func TestFaults(t *testing.T) {
 	lab, pair := newLab(t), kmesim.New(kmesim.Options{})
 	uriA, uriB := start(t, kmesim.Config{Lab: lab, Pair: pair})
-	a, b := source(t, lab, uriA, 1, 2), source(t, lab, uriB, 2, 1)
-	for _, tt := range []struct {
+	const notFound = `"one or more keys specified are not found on KME"`
+	type test struct {
 		kme   *kmesim.KME
 		fault string
 		is    error
 		want  string // within the error
-	}{
+	}
+	tests := []test{
 		{pair.A, "healthy", nil, ""},
 		{pair.A, "out-of-keys", kms.ErrNoKeys, `answered 503 "not enough keys stored"`},
+		{pair.A, "out-of-keys=404", nil, `answered 404 "not enough keys stored"`},
 		{pair.A, "html", nil, "answered 502"},
 		{pair.A, "wrong-size", nil, "key has 32 bits, not 256"},
+		{pair.A, "wrong-size=512", nil, "key has 512 bits, not 256"},
 		{pair.A, "lost", nil, "connection closed before the end of the answer"},
 		{pair.A, "slow=10m", nil, "no answer within 1s"},
-		{pair.B, "late", kms.ErrUnknownKey, `answered 400 "one or more keys specified are not found on KME"`},
+		{pair.A, "drip=20ms", nil, "no answer within 1s"},
+		{pair.A, "silent-tls", nil, "no answer within 1s"},
+		{pair.A, "expired", nil, "certificate has expired or is not yet valid"},
+		{pair.A, "cut", kms.ErrNoKeys, `answered 503 "the other KME cannot be reached"`},
+		{pair.A, "out-of-step", kms.ErrUnknownKey, "answered 400 " + notFound},
+		{pair.B, "late", kms.ErrUnknownKey, "answered 400 " + notFound},
+		{pair.B, "late=404", kms.ErrUnknownKey, "answered 404 " + notFound},
 		{pair.B, "wrong-bytes", nil, "the ends got different keys"},
 		{pair.B, "wrong-size", nil, "key has 32 bits, not 256"},
+		{pair.B, "wrong-size=264", nil, "key has 264 bits, not 256"},
 		{pair.B, "lost", nil, "connection closed before the end of the answer"},
+		{pair.B, "drip=20ms", nil, "no answer within 1s"},
+		{pair.B, "drip=1us", nil, ""},
 		{pair.B, "silent", nil, "no answer within 1s"},
+		{pair.B, "silent-tls", nil, "no answer within 1s"},
+		{pair.B, "expired", nil, "certificate has expired or is not yet valid"},
 		{pair.B, "down", nil, uriB},
 		{pair.B, "slow=1ms", nil, ""},
-	} {
+	}
+	for _, shape := range kmesim.Shapes() {
+		tests = append(tests, test{pair.A, "page=500/" + shape, nil, "answered 500"}, test{pair.B, "page=200/" + shape, nil, uriB})
+	}
+	for _, tt := range tests {
 		f, err := kmesim.ParseFault(tt.fault)
 		if err != nil {
 			t.Fatal(err)
 		}
+		// Over new connections: a fault of TLS ends those that it finds.
+		timeout := patience
+		if strings.HasPrefix(tt.want, "no answer") || strings.HasSuffix(tt.want, notFound) {
+			timeout = time.Second // which the client spends
+		}
+		a, b := sourceWithin(t, timeout, lab, uriA, 1, 2), sourceWithin(t, timeout, lab, uriB, 2, 1)
 		tt.kme.SetFault(f)
 		err = exchange(t.Context(), a, b)
 		tt.kme.SetFault(kmesim.Fault{})
@@ -131,11 +167,14 @@ func TestFaults(t *testing.T) {
 		if tt.is != nil && !errors.Is(err, tt.is) {
 			t.Errorf("%s: %v is not %v", tt.fault, err, tt.is)
 		}
+		if timeout != patience {
+			a, b = source(t, lab, uriA, 1, 2), source(t, lab, uriB, 2, 1)
+		}
 		if err := exchange(t.Context(), a, b); err != nil {
 			t.Errorf("healed after %s: %v", tt.fault, err)
 		}
 	}
-	if s, err := a.Status(t.Context()); err != nil || s.SourceKME != kmesim.NameA || s.SlaveSAE != "sae_002" {
+	if s, err := source(t, lab, uriA, 1, 2).Status(t.Context()); err != nil || s.SourceKME != kmesim.NameA || s.SlaveSAE != "sae_002" {
 		t.Errorf("status %+v, %v", s, err)
 	}
 }
@@ -245,6 +284,14 @@ func TestRunRefuses(t *testing.T) {
 	if err := os.Chmod(filepath.Join(dir, "kme-b.key"), 0o640); err != nil {
 		t.Fatal(err)
 	}
+	withoutRoot, expired := t.TempDir(), kmesim.New(kmesim.Options{})
+	if err := lab.Write(withoutRoot); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(withoutRoot, "root.key")); err != nil {
+		t.Fatal(err)
+	}
+	expired.B.SetFault(kmesim.Fault{Kind: kmesim.Expired})
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -256,6 +303,10 @@ func TestRunRefuses(t *testing.T) {
 	}{
 		{kmesim.Config{}, "certificates are given by a directory or in memory, one of them"},
 		{kmesim.Config{Dir: dir, Lab: lab}, "certificates are given by a directory or in memory, one of them"},
+		{kmesim.Config{Lab: lab, Only: "kme-c", Link: "127.0.0.1:0", Peer: "127.0.0.1:1"}, `"kme-c" is neither kme-a nor kme-b`},
+		{kmesim.Config{Lab: lab, Peer: "127.0.0.1:1"}, `"" is neither kme-a nor kme-b`},
+		{kmesim.Config{Lab: lab, Only: "kme-a", Link: "127.0.0.1:0"}, "one KME of two needs an address for its link, and that of the other one's"},
+		{kmesim.Config{Dir: withoutRoot, Pair: expired}, "the laboratory's root.key is not here to sign a certificate that has expired"},
 		{kmesim.Config{Dir: dir}, filepath.Join(dir, "kme-b.key") + ": mode 0640 lets others at it"},
 		{kmesim.Config{Dir: filepath.Join(dir, "none")}, "open " + filepath.Join(dir, "none", "root.crt") + ": no such file or directory"},
 		{kmesim.Config{Lab: lab, AddrA: "127.0.0.1:0", AddrB: taken.Addr().String()},
@@ -268,13 +319,61 @@ func TestRunRefuses(t *testing.T) {
 	}
 }
 
+// startTwo runs kme-a and kme-b as two processes would, on loopback, until the
+// test ends, and returns their URIs.
+func startTwo(tb testing.TB, lab *kmesim.Lab) (uriA, uriB string) {
+	tb.Helper()
+	linkA, linkB := freeAddress(tb), freeAddress(tb)
+	uriA, _ = start(tb, kmesim.Config{Lab: lab, Only: kmesim.NameA, Link: linkA, Peer: linkB})
+	_, uriB = start(tb, kmesim.Config{Lab: lab, Only: kmesim.NameB, Link: linkB, Peer: linkA})
+	return uriA, uriB
+}
+
+// freeAddress returns an address that was free a moment ago.
+func freeAddress(tb testing.TB) string {
+	tb.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer ln.Close()
+	return ln.Addr().String()
+}
+
+func TestTwoProcesses(t *testing.T) {
+	lab := newLab(t)
+	uriA, uriB := startTwo(t, lab)
+	a, b := source(t, lab, uriA, 1, 2), source(t, lab, uriB, 2, 1)
+	for _, ends := range [][2]kms.Source{{a, b}, {b, a}} {
+		if err := exchange(t.Context(), ends[0], ends[1]); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // BenchmarkKeys measures keys that both ends have fetched, over kept
 // connections with mutual TLS, by several rounds at a time; both ends and both
-// KMEs share the machine.
+// KMEs share the machine, also where they are as two processes would be.
 func BenchmarkKeys(b *testing.B) {
 	lab := newLab(b)
-	uriA, uriB := start(b, kmesim.Config{Lab: lab})
-	master, slave := source(b, lab, uriA, 1, 2), source(b, lab, uriB, 2, 1)
+	for _, bb := range []struct {
+		name  string
+		start func(testing.TB) (uriA, uriB string)
+	}{
+		{"process=one", func(tb testing.TB) (string, string) { return start(tb, kmesim.Config{Lab: lab}) }},
+		{"process=one/pool=fills", func(tb testing.TB) (string, string) {
+			return start(tb, kmesim.Config{Lab: lab, Options: kmesim.Options{Rate: kmesim.MaxRate}})
+		}},
+		{"process=two", func(tb testing.TB) (string, string) { return startTwo(tb, lab) }},
+	} {
+		b.Run(bb.name, func(b *testing.B) {
+			uriA, uriB := bb.start(b)
+			benchmarkKeys(b, source(b, lab, uriA, 1, 2), source(b, lab, uriB, 2, 1))
+		})
+	}
+}
+
+func benchmarkKeys(b *testing.B, master, slave kms.Source) {
 	b.ReportAllocs()
 	b.SetParallelism(4)
 	b.RunParallel(func(pb *testing.PB) {
