@@ -340,7 +340,7 @@ func (s *session) get(ctx context.Context, q getRequest, t trouble) getAnswer {
 		case found.Status != streamOK:
 			return found.Status
 		}
-		if a.metadata = s.metadata(found.Chunk); s.o.Dialect == ForgeEd1 && int(q.room) < len(a.metadata) {
+		if a.metadata = s.metadata(found.Chunk); int(q.room) < len(a.metadata) {
 			a.needed = metadataRoom
 			return streamMetadataTooBig
 		}

@@ -17,11 +17,12 @@ type Dialect int
 // three of the version, the service, and the length of what follows; numbers
 // are big-endian.
 const (
-	// ForgeEd3: MIME types end in NUL, GET_KEY sends the key's type and role as
-	// metadata, every answer has all its fields, one request a connection.
+	// ForgeEd3: MIME types end in NUL, GET_KEY sends the room for metadata, with the
+	// key's type and role in it, every answer has all its fields, one request a
+	// connection.
 	ForgeEd3 Dialect = iota
-	// ForgeEd1: MIME types take 256 bytes, GET_KEY sends the room for metadata as
-	// a number, an error answer is its status alone, a connection stays open.
+	// ForgeEd1: MIME types take 256 bytes, GET_KEY sends the size of the room for
+	// metadata, an error answer is its status alone, a connection stays open.
 	ForgeEd1
 )
 
@@ -113,10 +114,8 @@ type (
 	getRequest struct {
 		stream ksid
 		index  uint32
-		// room is for how many bytes of metadata the application has a place; only
-		// ForgeEd1 says. detail is the key's type and role, in ForgeEd3.
-		room   uint32
-		detail []byte
+		room   uint32 // for metadata, in bytes
+		detail []byte // what ForgeEd3 sends in that room: the key's type and role
 	}
 	closeRequest struct{ stream ksid }
 )
@@ -164,7 +163,8 @@ func (d Dialect) request(s service, payload []byte) (any, error) {
 		if d == ForgeEd1 {
 			g.room = r.uint32()
 		} else {
-			g.detail = r.bytes(r.uint32())
+			g.room = r.uint32()
+			g.detail = r.bytes(g.room)
 		}
 		v = g
 	default:
@@ -218,6 +218,9 @@ func (d Dialect) opened(a openAnswer) []byte {
 // the key: its owner wipes it.
 func (d Dialect) got(a getAnswer) []byte {
 	b := d.begin(serviceGet, a.status, 12+len(a.key)+len(a.metadata))
+	if d == ForgeEd3 && a.status == streamMetadataTooBig {
+		a.metadata = make([]byte, a.needed) // whose size is what counts
+	}
 	switch {
 	case d == ForgeEd3 || a.status == streamOK:
 		b = binary.BigEndian.AppendUint32(b, a.index)

@@ -77,7 +77,7 @@ var requests = []struct {
 		6170706c69636174696f6e2f6a736f6e00 00000000000000000000000000000000`,
 		openRequest{source: "sae_a", destination: "sae_b", qos: jsonQoS}},
 	{"ed3 get", ForgeEd3, `020101040000001a 5a0000000000000000000000000000a5 00000005 00000002 0000`,
-		getRequest{stream: testStream, index: 5, detail: []byte{0, 0}}},
+		getRequest{stream: testStream, index: 5, room: 2, detail: []byte{0, 0}}},
 	{"ed3 get, no metadata", ForgeEd3, `0201010400000018 5a0000000000000000000000000000a5 ffffffff 00000000`,
 		getRequest{stream: testStream, index: 1<<32 - 1, detail: []byte{}}},
 	{"ed3 close", ForgeEd3, `0201010800000010 5a0000000000000000000000000000a5`, closeRequest{testStream}},
@@ -190,6 +190,8 @@ func TestAnswerBytes(t *testing.T) {
 			`0201010500000014 00000000 00000005 00000002 aabb 00000002 7b7d`},
 		{"ed3 no key", ForgeEd3.got(getAnswer{status: streamNoKeys, index: 5}),
 			`0201010500000010 00000002 00000005 00000000 00000000`},
+		{"ed3 metadata", ForgeEd3.got(getAnswer{status: streamMetadataTooBig, index: 5, needed: 3}),
+			`0201010500000013 00000008 00000005 00000000 00000003 000000`},
 		{"ed3 closed", ForgeEd3.closed(streamOK), `0201010900000004 00000000`},
 
 		{"ed1 opened", ForgeEd1.opened(openAnswer{streamOK, offer, testStream}),
