@@ -54,6 +54,7 @@ var packages = map[string]layer{
 	"internal/memnet":                world,
 	"internal/testca":                world,
 	"internal/kms":                   adapter,
+	"internal/kms/etsi004":           adapter,
 	"internal/kms/etsi014":           adapter,
 	"internal/kms/kmshttp":           adapter,
 	"internal/kms/kmstls":            adapter,

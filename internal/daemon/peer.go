@@ -114,6 +114,9 @@ func (p *peer) run(ctx context.Context, observations <-chan wg.Observation) erro
 	if p.role == rotation.Client {
 		running.Go(func() { p.dial(p.life) })
 	}
+	if k, ok := p.source.(kms.Keeper); ok {
+		running.Go(func() { k.Keep(p.life) })
+	}
 	p.drive(ctx.Done(), p.scheduler, p.sched, observations, nil)
 	p.end()
 	p.connMu.Lock()

@@ -6,6 +6,7 @@ import (
 
 	"keyturn/internal/config"
 	"keyturn/internal/kms"
+	"keyturn/internal/kms/etsi004"
 	"keyturn/internal/kms/etsi014"
 	"keyturn/internal/kms/kmstls"
 	"keyturn/internal/kms/skip"
@@ -36,21 +37,29 @@ func OpenSources(c *config.Config) (*Sources, error) {
 // OpenKMS opens one key management system by the interface that it speaks. It
 // does not connect.
 func OpenKMS(k *config.KMS) (kms.System, error) {
-	tls := kmstls.Config{
+	tls := TLSOf(k)
+	switch k.Interface {
+	case config.ETSI014:
+		return etsi014.New(etsi014.Config{URIs: k.URIs, SAE: k.SAE, TLS: tls, Method: string(k.Method), Timeout: k.Timeout})
+	case config.ETSI004:
+		return etsi004.New(etsi004.Config{URIs: k.URIs, SAE: k.SAE, TLS: tls, Dialect: string(k.Dialect), Timeout: k.Timeout})
+	case config.SKIP:
+		return skip.New(skip.Config{URIs: k.URIs, SAE: k.SAE, TLS: tls, Timeout: k.Timeout})
+	default:
+		return nil, fmt.Errorf("interface %q is unknown", k.Interface)
+	}
+}
+
+// TLSOf returns how this end and a KMS prove themselves to each other.
+func TLSOf(k *config.KMS) kmstls.Config {
+	c := kmstls.Config{
 		Certificate: k.Certificate, SecretKey: k.SecretKey, RootCertificate: k.RootCertificate,
 		ServerName: k.ServerName,
 	}
 	for _, pin := range k.Pins {
-		tls.Pins = append(tls.Pins, pin)
+		c.Pins = append(c.Pins, pin)
 	}
-	switch k.Interface {
-	case config.ETSI014:
-		return etsi014.New(etsi014.Config{URIs: k.URIs, SAE: k.SAE, TLS: tls, Method: string(k.Method), Timeout: k.Timeout})
-	case config.SKIP:
-		return skip.New(skip.Config{URIs: k.URIs, SAE: k.SAE, TLS: tls, Timeout: k.Timeout})
-	default:
-		return nil, fmt.Errorf("interface %s is not supported by this version; 14 is", k.Interface)
-	}
+	return c
 }
 
 // For returns the source of the keys shared with a peer, nil without QKD.

@@ -46,6 +46,13 @@ type Source interface {
 	Close() error
 }
 
+// A Keeper is a Source with something that must be open at both ends before the
+// first key can flow. Whoever runs the source calls Keep once.
+type Keeper interface {
+	// Keep keeps it open until ctx ends.
+	Keep(ctx context.Context)
+}
+
 // A System is one key management system as one SAE of ours sees it: it opens
 // the sources of the keys shared with each peer, which share its connections.
 type System interface {
@@ -71,6 +78,7 @@ type Status struct {
 	MaxKeys           int64  // that it can store
 	MaxKeysPerRequest int64
 	MaxSAEs           int64 // further slaves for one key
+	PeerAbsent        bool  // the peer's application has not connected to its KME yet
 }
 
 // CheckKeyID says why id is not a key ID that can be asked for: it has 1 to
