@@ -73,6 +73,8 @@ type reply struct {
 	took   time.Duration
 	err    error // no answer, and why, in our words
 	raw    error // as the transport has it
+	// refused: one end does not accept the other's certificate.
+	refused bool
 }
 
 // ask sends a call as the end's rotator would.
@@ -95,7 +97,7 @@ func (s *side) send(ctx context.Context, transport *http.Transport, c call) (r r
 		if r.raw == nil {
 			return
 		}
-		r.err, _ = kmshttp.Explain(r.raw)
+		r.err, r.refused = kmshttp.Explain(r.raw)
 		if errors.Is(context.Cause(ctx), errLate) {
 			r.err = fmt.Errorf("no answer within %v", s.Timeout)
 		}
@@ -252,7 +254,7 @@ func (t *tester) connection(ctx context.Context, s *side, clause string, harmles
 	t.line(version, Right, "%s, %s", tls.VersionName(first.tls.Version), tls.CipherSuiteName(first.tls.CipherSuite))
 	t.line(named, Right, "%s", describe(first.tls.PeerCertificates[0]))
 
-	if _, alert := kmshttp.Explain(first.raw); alert {
+	if first.refused {
 		// TLS 1.3 servers refuse a client's certificate after the handshake.
 		t.line(Line{Clause: clause, What: "our certificate is accepted", Needed: true, At: s.SAE}, Wrong, "%v", first.err)
 		t.untested("no connection", demands, old)
