@@ -8,15 +8,12 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
-	"time"
+	"strings"
 
 	"keyturn/internal/kms"
+	"keyturn/internal/kms/kmshttp"
 	"keyturn/internal/psk"
 )
-
-// firstRetry is the time until an unknown key ID is asked for again; it doubles
-// each time.
-const firstRetry = 50 * time.Millisecond
 
 // keyBits is the size asked for. Some KMEs have another default.
 const keyBits = 8 * psk.Size
@@ -46,7 +43,7 @@ func (c *Client) Key(ctx context.Context) (string, *psk.Key, error) {
 	}
 	if errors.Is(d.err, errAlone) {
 		var keys []namedKey
-		if keys, d.err = c.fetch(ctx, 1); d.err == nil {
+		if keys, _, d.err = c.fetch(ctx, 1); d.err == nil {
 			d.namedKey = keys[0]
 		}
 	}
@@ -58,23 +55,27 @@ func (c *Client) Key(ctx context.Context) (string, *psk.Key, error) {
 }
 
 // fetch asks for n fresh keys and returns one to n of them, or an error.
-func (c *Client) fetch(ctx context.Context, n int) ([]namedKey, error) {
-	r := &request{peer: c.peer, verb: "enc_keys", means: keyStatus}
+// tookNothing says that a KME answered and gave none: asking again costs none.
+func (c *Client) fetch(ctx context.Context, n int) (keys []namedKey, tookNothing bool, err error) {
+	r := c.request("enc_keys", func(status int) error {
+		tookNothing = status < 500 || status == http.StatusServiceUnavailable
+		return keyStatus(status)
+	})
 	if c.kms.post {
-		r.body = marshal(keyRequest{Number: n, Size: keyBits})
+		r.Body = marshal(keyRequest{Number: n, Size: keyBits})
 	} else {
-		r.query = url.Values{"number": {strconv.Itoa(n)}, "size": {strconv.Itoa(keyBits)}}.Encode()
+		r.Query = url.Values{"number": {strconv.Itoa(n)}, "size": {strconv.Itoa(keyBits)}}.Encode()
 	}
-	a, err := c.kms.ask(ctx, r)
+	a, err := c.kms.http.Do(ctx, r)
 	if err != nil {
-		return nil, err
+		return nil, tookNothing, err
 	}
-	defer clear(a.body)
-	keys, err := decodeKeys(a.body)
+	defer clear(a.Body)
+	keys, err = decodeKeys(a.Body)
 	if err != nil {
-		return nil, a.wrong(err)
+		return nil, false, a.Wrong(err)
 	}
-	return first(n, keys), nil // some KMEs have a number of their own
+	return first(n, keys), false, nil // some KMEs have a number of their own
 }
 
 // first returns the first n keys, or as many as there are, and wipes the others.
@@ -95,59 +96,57 @@ func (c *Client) KeyByID(ctx context.Context, id string) (*psk.Key, error) {
 	if err := kms.CheckKeyID(id); err != nil {
 		return nil, err
 	}
-	r := &request{peer: c.peer, verb: "dec_keys", once: true, means: keyByIDStatus}
+	r := c.request("dec_keys", keyByIDStatus)
+	r.Once, r.NotYet = true, notYet
 	if c.kms.post {
-		r.body = marshal(keyIDs{KeyIDs: []keyID{{KeyID: id}}})
+		r.Body = marshal(keyIDs{KeyIDs: []keyID{{KeyID: id}}})
 	} else {
-		r.query = url.Values{"key_ID": {id}}.Encode()
+		r.Query = url.Values{"key_ID": {id}}.Encode()
 	}
-	began := time.Now()
-	for wait := firstRetry; ; wait *= 2 {
-		a, err := c.kms.ask(ctx, r)
-		if err == nil {
-			return c.take(a, id)
-		}
-		err = fmt.Errorf("fetch key %q: %w", id, err)
-		if r.lost || !saysNotFound(err) || time.Since(began)+wait > c.kms.timeout/2 {
-			return nil, err
-		}
-		t := time.NewTimer(wait)
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
-			return nil, fmt.Errorf("%w, before that: %w", context.Cause(ctx), err)
-		}
+	a, err := c.kms.http.Do(ctx, r)
+	if err != nil {
+		return nil, fmt.Errorf("fetch key %q: %w", id, err)
 	}
+	defer clear(a.Body)
+	key, err := only(id, a.Body)
+	if err != nil {
+		return nil, fmt.Errorf("fetch key %q: %w", id, a.Wrong(err))
+	}
+	return key, nil
 }
 
-// take returns the key of an answer, which must be the one with this ID.
-func (c *Client) take(a *answer, id string) (*psk.Key, error) {
-	defer clear(a.body)
-	keys, err := decodeKeys(a.body)
+// only returns the key of a container that holds the one with this ID and no
+// other.
+func only(id string, container []byte) (*psk.Key, error) {
+	keys, err := decodeKeys(container)
 	switch {
 	case err != nil:
+		return nil, err
 	case len(keys) > 1:
 		err = fmt.Errorf("answer holds %d keys, not 1", len(keys))
-	case keys[0].id != id:
+	case !strings.EqualFold(keys[0].id, id): // the case of a UUID does not count
 		err = fmt.Errorf("answer holds the key %q instead", keys[0].id)
 	default:
 		return keys[0].key, nil
 	}
 	first(0, keys)
-	return nil, fmt.Errorf("fetch key %q: %w", id, a.wrong(err))
+	return nil, err
+}
+
+// request is what all requests have (ETSI GS QKD 014 V1.1.1, 5).
+func (c *Client) request(verb string, means func(status int) error) *kmshttp.Request {
+	return &kmshttp.Request{Path: []string{"api", "v1", "keys", c.peer, verb}, Means: means, Text: errorText}
 }
 
 // Status implements kms.Source by "Get status" (ETSI GS QKD 014 V1.1.1, 5.1).
 func (c *Client) Status(ctx context.Context) (kms.Status, error) {
-	r := &request{peer: c.peer, verb: "status", means: statusStatus}
-	a, err := c.kms.ask(ctx, r)
+	a, err := c.kms.http.Do(ctx, c.request("status", statusStatus))
 	if err != nil {
 		return kms.Status{}, fmt.Errorf("get status: %w", err)
 	}
-	s, err := decodeStatus(a.body)
+	s, err := decodeStatus(a.Body)
 	if err != nil {
-		return kms.Status{}, fmt.Errorf("get status: %w", a.wrong(err))
+		return kms.Status{}, fmt.Errorf("get status: %w", a.Wrong(err))
 	}
 	return s, nil
 }
@@ -190,12 +189,16 @@ func statusStatus(status int) error {
 	return kms.ErrRefused // redirects as well: who redirects is not our KME
 }
 
-// saysNotFound reports whether a KME answered by one of the statuses by which
-// they say that they do not have a key. 401 is one: nobody is named for a key
-// that has not arrived.
-func saysNotFound(err error) bool {
-	se, ok := errors.AsType[*statusError](err)
-	return ok && (errors.Is(se, kms.ErrUnknownKey) || se.status == http.StatusUnauthorized)
+// notYet names the statuses by which KMEs say that they do not have a key. 401
+// is one: nobody is named for a key that has not arrived. 429 tells nothing
+// about the key, and takes none.
+func notYet(status int) bool {
+	switch status {
+	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusNotFound,
+		http.StatusTooManyRequests, http.StatusServiceUnavailable:
+		return true
+	}
+	return false
 }
 
 // The bodies of requests (ETSI GS QKD 014 V1.1.1, 6.2 and 6.4). Nothing

@@ -4,47 +4,13 @@ import (
 	"bytes"
 	"encoding/base64"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"strings"
 
 	"keyturn/internal/kms"
+	"keyturn/internal/kms/kmshttp"
 	"keyturn/internal/psk"
 )
-
-// maxText bounds what is kept of a foreign text.
-const maxText = 200
-
-// errNotJSON means that an answer is no JSON at all.
-var errNotJSON = errors.New("answer is not JSON")
-
-// unmarshal decodes a JSON object. Unknown fields are ignored: KMEs have their
-// own. The errors use our words and quote nothing, for body may hold a key.
-func unmarshal(body []byte, v any) error {
-	body = bytes.TrimSpace(body)
-	switch {
-	case len(body) == 0:
-		return errors.New("answer is empty")
-	case body[0] != '{':
-		if json.Valid(body) {
-			return errors.New("answer is JSON but not an object")
-		}
-		return errNotJSON
-	}
-	err := json.Unmarshal(body, v)
-	if se, ok := errors.AsType[*json.SyntaxError](err); ok {
-		if se.Error() == "unexpected end of JSON input" {
-			return fmt.Errorf("answer is cut off after %d bytes", len(body))
-		}
-		return fmt.Errorf("answer is not JSON from byte %d on", se.Offset)
-	}
-	if te, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
-		kind, _, _ := strings.Cut(te.Value, " ") // a number comes with its digits
-		return fmt.Errorf("answer has a JSON %s as %s", kind, te.Field)
-	}
-	return err
-}
 
 // container is a key container (ETSI GS QKD 014 V1.1.1, 6.3).
 type container struct {
@@ -129,7 +95,7 @@ func decodeKeys(body []byte) (keys []namedKey, err error) {
 			}
 		}
 	}()
-	if err := unmarshal(body, &c); err != nil {
+	if err := kmshttp.Unmarshal(body, &c); err != nil {
 		return nil, err
 	}
 	if len(c.Keys) == 0 {
@@ -176,11 +142,11 @@ type status struct {
 
 func decodeStatus(body []byte) (kms.Status, error) {
 	var s status
-	if err := unmarshal(body, &s); err != nil {
+	if err := kmshttp.Unmarshal(body, &s); err != nil {
 		return kms.Status{}, err
 	}
 	for _, text := range []*string{&s.SourceKME, &s.TargetKME, &s.MasterSAE, &s.SlaveSAE} {
-		*text = printableStart(*text)
+		*text = kmshttp.Shown(*text)
 	}
 	return kms.Status{
 		SourceKME:         s.SourceKME,
@@ -203,22 +169,8 @@ func errorText(body []byte) string {
 	var e struct {
 		Message string `json:"message"`
 	}
-	if unmarshal(body, &e) != nil {
+	if kmshttp.Unmarshal(body, &e) != nil {
 		return ""
 	}
-	return printableStart(e.Message)
-}
-
-// printableStart returns at most maxText bytes of a foreign text, without
-// anything that a terminal would act on.
-func printableStart(s string) string {
-	if len(s) > maxText {
-		s = s[:maxText]
-	}
-	return strings.Map(func(r rune) rune {
-		if !printable(string(r)) || r == '\uFFFD' {
-			return -1
-		}
-		return r
-	}, s)
+	return kmshttp.Shown(e.Message)
 }

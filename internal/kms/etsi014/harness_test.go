@@ -3,11 +3,9 @@ package etsi014
 import (
 	"bytes"
 	"crypto/tls"
-	"fmt"
 	"io"
 	"log"
 	"net/http"
-	"strings"
 	"sync"
 	"testing"
 
@@ -129,15 +127,6 @@ func raw(text string) http.HandlerFunc {
 		defer c.Close()
 		_, _ = io.WriteString(c, text)
 	}
-}
-
-// chunked is the chunked coding of a body in these parts.
-func chunked(parts ...string) string {
-	var b strings.Builder
-	for _, p := range append(parts, "") {
-		fmt.Fprintf(&b, "%x\r\n%s\r\n", len(p), p)
-	}
-	return b.String()
 }
 
 // says answers with a status, a media type and a body.

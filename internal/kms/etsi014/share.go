@@ -11,7 +11,7 @@ import (
 )
 
 // maxShared bounds the keys of one answer, whatever a KME allows: with it each
-// of them may take up 4 KiB of maxAnswer.
+// of them may take up 4 KiB of what kmshttp reads of it.
 const maxShared = 16
 
 // aloneTime is how long a KME that did not give several keys is asked for one
@@ -138,14 +138,14 @@ func (c *Client) serve() {
 		ctx, cancel := context.WithCancel(c.life)
 		c.cancel = cancel
 		c.mu.Unlock()
-		keys, err := c.fetch(ctx, n)
+		keys, tookNothing, err := c.fetch(ctx, n)
 		c.mu.Lock()
 		c.cancel = nil
 		if n > 1 && len(keys) < n && ctx.Err() == nil {
 			c.alone = time.Now().Add(aloneTime)
 		}
 		cancel()
-		c.deliver(keys, err)
+		c.deliver(keys, tookNothing, err)
 	}
 	c.serving = false
 }
@@ -153,7 +153,7 @@ func (c *Client) serve() {
 // deliver hands out what came of a request. The keys go to those who came
 // first, so that one whose caller has gone is another's; nobody left, it is
 // wiped.
-func (c *Client) deliver(keys []namedKey, err error) {
+func (c *Client) deliver(keys []namedKey, tookNothing bool, err error) {
 	for _, k := range first(len(c.queue), keys) {
 		c.queue[0].got <- delivery{namedKey: k}
 		c.queue = c.queue[1:]
@@ -161,7 +161,7 @@ func (c *Client) deliver(keys []namedKey, err error) {
 	alone := time.Now().Before(c.alone)
 	c.queue = slices.DeleteFunc(c.queue, func(w *waiter) bool {
 		switch {
-		case w.asked && err != nil && !(alone && tookNothing(err)):
+		case w.asked && err != nil && !(alone && tookNothing):
 			w.got <- delivery{err: err}
 		case alone:
 			w.got <- delivery{err: errAlone}
@@ -170,11 +170,4 @@ func (c *Client) deliver(keys []namedKey, err error) {
 		}
 		return true
 	})
-}
-
-// tookNothing reports whether a KME answered that it gives no keys: there is no
-// harm in asking again.
-func tookNothing(err error) bool {
-	se, ok := errors.AsType[*statusError](err)
-	return ok && !se.lost()
 }

@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -277,6 +276,7 @@ func TestNotSoMany(t *testing.T) {
 		asked []int
 	}{
 		{"400", &supply{fail: says("400 Bad Request", `{"message":"number is too big"}`)}, []int{1, 4, 1, 1, 1, 1}},
+		{"429", &supply{fail: says("429 Too Many Requests", "")}, []int{1, 4, 1, 1, 1, 1}},
 		{"503", &supply{fail: says("503 Service Unavailable", "")}, []int{1, 4, 1, 1, 1, 1}},
 		{"405", &supply{fail: says("405 Method Not Allowed", "<html>")}, []int{1, 4, 1, 1, 1, 1}},
 		{"one", &supply{gives: func(int) int { return 1 }}, []int{1, 4, 1, 1, 1}},
@@ -320,9 +320,11 @@ func TestMoreThanAsked(t *testing.T) {
 // those who shared it. Later calls ask alone.
 func TestSharedLoss(t *testing.T) {
 	for _, tt := range []struct{ name, answer, want string }{
-		{"cut", "HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{", "connection closed before the end of the answer"},
-		{"nonsense", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "answer is JSON but not an object"},
-		{"no keys", "HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n" + `{"keys":[]}`, "answer holds no key"},
+		{"cut", "HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{", "fetch key: https://kme-a: connection closed before the end of the answer"},
+		{"nonsense", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "fetch key: https://kme-a: answer is JSON but not an object"},
+		{"gateway", "HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", "fetch key: https://kme-a answered 502"},
+		{"gateway without keys", "HTTP/1.1 504 Gateway Timeout\r\nContent-Length: 0\r\n\r\n", "fetch key: kms has no key now: https://kme-a answered 504"},
+		{"no keys", "HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n" + `{"keys":[]}`, "fetch key: https://kme-a: answer holds no key"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -335,8 +337,7 @@ func TestSharedLoss(t *testing.T) {
 				c.meet()
 				c.call(t.Context(), 1)
 				c.call(t.Context(), 3)
-				want := "fetch key: https://kme-a: " + tt.want
-				c.end([]int{1, 3}, 1, want, want, want)
+				c.end([]int{1, 3}, 1, tt.want, tt.want, tt.want)
 				c.call(t.Context(), 3)
 				c.end([]int{1, 1, 1}, 3)
 			})
@@ -422,7 +423,7 @@ func TestDeliveryIsFaster(t *testing.T) {
 		synctest.Wait()
 		c.mu.Lock()
 		cancel()
-		c.deliver(make([]namedKey, 1), nil)
+		c.deliver(make([]namedKey, 1), false, nil)
 		c.mu.Unlock()
 		if d := <-got; d.err != nil {
 			t.Errorf("the key is gone: %v", d.err)
@@ -446,15 +447,6 @@ func TestFirst(t *testing.T) {
 			if kept := i < n; k.key.IsZero() == kept || slices.Contains(got, k) != kept {
 				t.Errorf("first %d of 2: key %d is kept: %v", n, i, !kept)
 			}
-		}
-	}
-}
-
-func TestTookNothing(t *testing.T) {
-	for status, want := range map[int]bool{400: true, 401: true, 404: true, 429: true, 503: true, 500: false, 502: false, 504: false} {
-		err := fmt.Errorf("%w; %w", errors.New("connection refused"), &statusError{status: status})
-		if got := tookNothing(err); got != want {
-			t.Errorf("%d: %v, want %v", status, got, want)
 		}
 	}
 }

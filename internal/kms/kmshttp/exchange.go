@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
+	"net/textproto"
 	"net/url"
 	"strings"
 	"time"
@@ -48,11 +49,14 @@ type Request struct {
 // Answer is the body of a 200. It may hold a key: wipe it.
 type Answer struct {
 	uri, mediaType string
+	distrust       func()
 	Body           []byte
 }
 
-// Wrong makes the error of an answer that cannot be used.
+// Wrong makes the error of an answer that cannot be used. Whoever gave it is
+// tried last for a while, as if there had been none.
 func (a *Answer) Wrong(err error) error {
+	a.distrust()
 	if a.mediaType != "application/json" && errors.Is(err, errNotJSON) {
 		err = fmt.Errorf("%w but %q", err, a.mediaType)
 	}
@@ -129,7 +133,8 @@ func (c *Client) ask(ctx context.Context, r *Request) (a *Answer, lost bool, err
 		if ctx.Err() != nil {
 			return nil, sent, all
 		}
-		if se, ok := errors.AsType[*statusError](err); ok {
+		se, answered := errors.AsType[*statusError](err)
+		if answered {
 			if se.status < 500 {
 				return nil, false, all // the KMS has spoken
 			}
@@ -138,6 +143,8 @@ func (c *Client) ask(ctx context.Context, r *Request) (a *Answer, lost bool, err
 			lost = se.status != http.StatusServiceUnavailable
 		} else {
 			lost = sent
+		}
+		if lost || !answered {
 			c.mark(e, time.Now().Add(downTime))
 		}
 		if lost && r.Once {
@@ -208,12 +215,16 @@ func (c *Client) roundTrip(ctx context.Context, e *endpoint, r *Request) (a *Ans
 		clear(body)
 		return nil, true, &statusError{e.name, resp.StatusCode, text, r.Means(resp.StatusCode)}
 	}
+	if coding := resp.Header.Get("Content-Encoding"); err == nil && coding != "" && !strings.EqualFold(coding, "identity") {
+		err = fmt.Errorf("answer has the content coding %q, which was not asked for", Shown(coding))
+	}
 	if err != nil {
 		clear(body)
 		return nil, true, c.explain(ctx, e, err)
 	}
 	mediaType, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
-	return &Answer{e.name, mediaType, body}, true, nil
+	distrust := func() { c.mark(e, time.Now().Add(downTime)) }
+	return &Answer{e.name, mediaType, distrust, body}, true, nil
 }
 
 // http makes the HTTP request for one URI.
@@ -228,7 +239,10 @@ func (r *Request) http(ctx context.Context, e *endpoint) *http.Request {
 	h := &http.Request{
 		Method: http.MethodGet,
 		URL:    &u,
-		Header: http.Header{"Accept": {"application/json"}, "User-Agent": {"keyturn"}},
+		Header: http.Header{
+			"Accept": {"application/json"}, "User-Agent": {"keyturn"},
+			"Accept-Encoding": {"identity"}, // without it any coding would do (RFC 9110, 12.5.3)
+		},
 		// A body, even an empty one, that cannot be rewound keeps the transport
 		// from repeating the request on another connection, as it does with any
 		// GET when a kept connection breaks.
@@ -267,6 +281,12 @@ func Explain(err error) (why error, refused bool) {
 	// not like our certificate. TLS 1.3 servers send it after the handshake.
 	if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "remote error" {
 		return fmt.Errorf("TLS alert: %w", op.Err), true
+	}
+	// net/http quotes what it does not understand. Where lengths are wrong, that
+	// may be a key.
+	_, malformed := errors.AsType[textproto.ProtocolError](err)
+	if malformed || strings.HasPrefix(err.Error(), "net/http: HTTP/1.x transport connection broken: ") {
+		return errors.New("answer breaks the rules of HTTP/1.1"), false
 	}
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return errors.New("connection closed before the end of the answer"), false

@@ -313,6 +313,36 @@ func TestHealth(t *testing.T) {
 	})
 }
 
+// TestHealthOfFools: a URI behind which a key may have been lost, or whose
+// answers cannot be used, is tried last for a while: it answers at once, and
+// would take every key down with it.
+func TestHealthOfFools(t *testing.T) {
+	for name, fool := range map[string]http.HandlerFunc{
+		"gateway":    says(502, ""),
+		"login page": says(200, "<html>"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newSite(t)
+				a, b := s.serve("kme-a", fool), s.serve("kme-b", says(200, "{}"))
+				c := s.client(Config{URIs: []string{"https://kme-a", "https://kme-b"}})
+				r := request()
+				r.Once = true
+				for range 3 {
+					if a, err := c.Do(t.Context(), r); err == nil {
+						if err := Unmarshal(a.Body, new(struct{})); err != nil {
+							_ = a.Wrong(err)
+						}
+					}
+				}
+				if got := [2]int{len(a.asked()), len(b.asked())}; got != [2]int{1, 2} {
+					t.Errorf("asked %v times, want [1 2]", got)
+				}
+			})
+		})
+	}
+}
+
 // TestSlots: beyond so many requests under way a call waits, not for ever, and
 // its own time begins when its turn comes.
 func TestSlots(t *testing.T) {
@@ -456,7 +486,7 @@ func TestUnmarshal(t *testing.T) {
 }
 
 func TestWrongNamesTheMediaType(t *testing.T) {
-	a := &Answer{"https://kme-a", "text/html", []byte("<html>")}
+	a := &Answer{"https://kme-a", "text/html", func() {}, []byte("<html>")}
 	err := a.Wrong(Unmarshal(a.Body, new(struct{})))
 	if want := `https://kme-a: answer is not JSON but "text/html"`; err.Error() != want {
 		t.Errorf("got %q, want %q", err, want)
