@@ -124,7 +124,7 @@ func (r *Rotator) newPeer(c *config.Peer, now wg.Peer) (*peer, error) {
 	inside, _ := c.CheckInside(now.AllowedIPs)
 	p := &peer{
 		rotator: r, config: c, key: c.PublicKey, source: source, inside: inside,
-		log:    r.Log.With("peer", c.Name),
+		log:    limitLog(r.Log.With("peer", c.Name)),
 		gen:    newInbox(),
 		sched:  newInbox(),
 		linkAt: time.Now(),
