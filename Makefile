@@ -26,7 +26,7 @@ race: ## the same under the race detector (needs a C compiler)
 lint: $(LINT) ## gofmt, go vet and golangci-lint (built once from tools/go.mod: minutes)
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "run make fmt:"; echo "$$unformatted"; exit 1; }
 	$(GO) vet ./...
-	$(GO) vet -tags e2e,mutation ./...
+	$(GO) vet -tags e2e,mutation,vm ./...
 	$(LINT) run ./...
 
 $(LINT): tools/go.mod tools/go.sum
@@ -48,6 +48,9 @@ faults: ## every fault with the real binary in namespaces, link beside and insid
 	@KEYTURN_E2E=required KEYTURN_FAULTS=$(CURDIR)/docs/RELIABILITY.md KEYTURN_COMMIT=$$(git describe --always --dirty) \
 		$(GO) test -tags e2e -count 1 -timeout 30m -run '^TestRecovery$$' ./e2e/ -parallel 48; \
 		status=$$?; cat docs/RELIABILITY.md; exit $$status
+
+vm: ## the real binary on the kernel's WireGuard, in virtual machines (needs Debian with qemu-system-x86)
+	$(GO) test -tags vm -count 1 -timeout 60m -v ./e2e/vm/
 
 soak: ## run the adversary for long: KEYTURN_SOAK checks of each property (20000); a failing run prints its seed
 	KEYTURN_SOAK=$${KEYTURN_SOAK:-20000} $(GO) test -count 1 -timeout 0 -v -run 'TestAdversary|TestNoLoss' ./internal/rotation/

@@ -5,7 +5,6 @@ package vm
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -13,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -22,13 +22,19 @@ import (
 
 const (
 	kernelVar = "KEYTURN_VM_KERNEL" // an unpacked kernel package; fetched where it is not given
+	onlyVar   = "KEYTURN_VM_ONLY"   // a pattern of subtests in the guest; all where it is not given
 	modeVar   = "KEYTURN_VM"        // "required": where it cannot run, it fails
+
+	// In real time, on a machine that has other things to do as well.
+	limit = 40 * time.Minute
 
 	qemu = "qemu-system-x86_64"
 
-	// The guest's last words, and what its tests print of what they found.
-	passed  = "guest: passed"
-	verdict = "verdict: "
+	// What the guest says to us.
+	passed      = "guest: passed" // its last words
+	fallsAsleep = "guest: asleep"
+	wokeUp      = "guest: awake"
+	verdict     = "verdict: " // and what a test found
 )
 
 // lab is what every guest is started with.
@@ -113,12 +119,17 @@ func prepare(dir string, k *kernel) error {
 	return buffered.Flush()
 }
 
-// boot starts a guest that runs the tests which the pattern names, and waits
-// for its verdict. limit is real time.
-func boot(t *testing.T, pattern string, limit time.Duration) {
+// boot starts a guest that runs the tests of the calling test's name, and waits
+// for its verdict.
+func boot(t *testing.T) {
 	t.Helper()
+	t.Parallel()
 	if lab.unable != nil {
 		t.Skipf("cannot run here: %v", lab.unable)
+	}
+	pattern := "^" + t.Name()
+	if only := os.Getenv(onlyVar); only != "" {
+		pattern += "/" + only
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
@@ -138,30 +149,48 @@ func boot(t *testing.T, pattern string, limit time.Duration) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	keyboard, err := machine.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := machine.Start(); err != nil {
 		t.Fatal(err)
 	}
-	said, good := listen(t, console)
+	said, good := listen(t, console, keyboard)
 	// That QEMU ends without an error says nothing about the guest.
 	if err := machine.Wait(); err != nil || !good {
 		t.Errorf("the guest did not pass within %v (QEMU: %v). It said:\n%s", limit, err, said)
 	}
-	t.Logf("%.0f s of real time", time.Since(start).Seconds())
+	t.Logf("%.0f s, %.0f s of CPU", time.Since(start).Seconds(),
+		(machine.ProcessState.UserTime() + machine.ProcessState.SystemTime()).Seconds())
 }
 
-// listen reads the guest's console to its end, shows its verdicts as they
-// come, and returns everything else and whether the guest passed.
-func listen(t *testing.T, console io.Reader) (said []byte, good bool) {
+// listen reads the guest's console to its end and shows its verdicts as they
+// come. It returns everything that the guest said, and whether it passed. A
+// guest that has gone to sleep is woken by its keyboard.
+func listen(t *testing.T, console io.Reader, keyboard io.Writer) (said []byte, good bool) {
 	var all bytes.Buffer
+	verdicts := 0
+	awake := func() {}
+	defer func() { awake() }()
 	lines := bufio.NewScanner(console)
 	lines.Buffer(nil, 1<<20)
 	for lines.Scan() {
 		line := strings.TrimRight(lines.Text(), "\r")
 		fmt.Fprintln(&all, line)
-		if _, text, is := strings.Cut(line, verdict); is {
+		_, text, is := strings.Cut(line, verdict)
+		switch {
+		case is:
 			t.Log(text)
+			verdicts++
+		case line == passed:
+			good = verdicts > 0 // otherwise nothing was run
+		case line == fallsAsleep:
+			awake()
+			awake = keepKnocking(keyboard)
+		case line == wokeUp:
+			awake()
 		}
-		good = good || line == passed
 	}
 	if err := lines.Err(); err != nil {
 		fmt.Fprintln(&all, "console:", err)
@@ -170,7 +199,36 @@ func listen(t *testing.T, console io.Reader) (said []byte, good bool) {
 	return all.Bytes(), good
 }
 
-func TestFacts(t *testing.T) {
-	t.Parallel()
-	boot(t, cmp.Or(os.Getenv("VMRUN"), "^TestFact"), 30*time.Minute)
+// keepKnocking sends a key each second until the returned function is called:
+// a key that comes before the guest sleeps does not wake it.
+func keepKnocking(keyboard io.Writer) (stop func()) {
+	quit, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		tick := time.NewTicker(time.Second)
+		defer tick.Stop()
+		for {
+			select {
+			case <-quit:
+				return
+			case <-tick.C:
+			}
+			if _, err := keyboard.Write([]byte("\n")); err != nil {
+				return
+			}
+		}
+	}()
+	return sync.OnceFunc(func() {
+		close(quit)
+		<-ended
+	})
 }
+
+// One guest for each. The longest come first, for as many run at once as there
+// are processors.
+
+func TestInside(t *testing.T)   { boot(t) }
+func TestBeside(t *testing.T)   { boot(t) }
+func TestClock(t *testing.T)    { boot(t) }
+func TestRotation(t *testing.T) { boot(t) }
+func TestFacts(t *testing.T)    { boot(t) }

@@ -26,8 +26,8 @@ const (
 
 	rekeyAfter  = 120 * time.Second
 	rejectAfter = 180 * time.Second
-	// An attempt every 5 s and up to 333 ms.
-	nextAttempt = 5400 * time.Millisecond
+	// An attempt every 5 s and up to 333 ms, in ticks of 4 ms, and its answer.
+	nextAttempt = 5500 * time.Millisecond
 )
 
 // openHere opens the first host's interface with the real adapter.
@@ -86,10 +86,10 @@ func (l *lab) stamps() (a, b time.Time) {
 	return l.a.peer().LastHandshakeTime, l.b.peer().LastHandshakeTime
 }
 
-// TestFactSet: setting a pre-shared key, at one end or both, leaves a live
+// TestFactsSet: setting a pre-shared key, at one end or both, leaves a live
 // session and everything else of the peer alone; it takes effect at the next
 // handshake.
-func TestFactSet(t *testing.T) {
+func TestFactsSet(t *testing.T) {
 	l := newLabHere(t)
 	d := l.openHere()
 	both := l.pingBoth()
@@ -127,11 +127,11 @@ func TestFactSet(t *testing.T) {
 		sets, r, took.Seconds())
 }
 
-// TestFactDiffer: with different keys the session lives on to its 180 s, then
+// TestFactsDiffer: with different keys the session lives on to its 180 s, then
 // traffic stops. Counters tell: each attempt is +148 sent and nothing received
 // at the initiator, +148 received and +92 sent at the responder; both stamps
 // stand still. Once the keys are equal, WireGuard's next attempt succeeds.
-func TestFactDiffer(t *testing.T) {
+func TestFactsDiffer(t *testing.T) {
 	l := newLabHere(t)
 	pings := l.a.ping(l.b) // from one end only: it is the initiator
 	l.handshake(10*time.Second, time.Time{}, time.Time{})
@@ -186,12 +186,12 @@ func TestFactDiffer(t *testing.T) {
 		died.Seconds(), attempts, back.Seconds())
 }
 
-// TestFactStamp: the initiator stamps a handshake when message 2 arrives, the
+// TestFactsStamp: the initiator stamps a handshake when message 2 arrives, the
 // responder at the first packet of the new session. When that packet is late,
 // the responder's stamp can come after it was given another key than the one
 // that the handshake ran under. So a handshake counts as seen only with a
 // distance from the set (C5).
-func TestFactStamp(t *testing.T) {
+func TestFactsStamp(t *testing.T) {
 	l := newLabHere(t)
 	l.b.weather(tunnelCable, weather{delay: time.Second}) // message 2 is on its way for as long
 	pings := l.a.ping(l.b)
@@ -223,9 +223,9 @@ func TestFactStamp(t *testing.T) {
 	verdict("fact: the responder stamps at the first packet of the session, here %.1f s after its key had been changed", late.Seconds())
 }
 
-// TestFactPeer: a key for a peer that does not exist is taken and goes
+// TestFactsPeer: a key for a peer that does not exist is taken and goes
 // nowhere; none at all removes the key; probes say why nothing can be sent.
-func TestFactPeer(t *testing.T) {
+func TestFactsPeer(t *testing.T) {
 	l := newLabHere(t)
 	d := l.openHere()
 	b := wg.PublicKey(l.b.public())
@@ -281,10 +281,10 @@ func TestFactPeer(t *testing.T) {
 	verdict("fact: a key for a peer that does not exist is taken and goes nowhere; none removes the key; errors are told apart")
 }
 
-// TestFactProbe: a probe makes a handshake where there is no session, and none
+// TestFactsProbe: a probe makes a handshake where there is no session, and none
 // where there is; an idle tunnel makes none; with a keepalive it makes one
 // every 120 to 145 s.
-func TestFactProbe(t *testing.T) {
+func TestFactsProbe(t *testing.T) {
 	l := newLabHere(t)
 	d := l.openHere()
 	probe := func() {
@@ -329,11 +329,11 @@ func TestFactProbe(t *testing.T) {
 		max(first, again).Seconds(), pauses)
 }
 
-// TestFactClock: a responder refuses an initiation whose time is not above the
+// TestFactsClock: a responder refuses an initiation whose time is not above the
 // last one's. After the clock of a host was set back its initiations are
 // refused for as long; a session that lives is left alone, and what the other
 // end begins succeeds, which it does by itself where it had something to send.
-func TestFactClock(t *testing.T) {
+func TestFactsClock(t *testing.T) {
 	l := newLab(t)
 	const hours = 5 * time.Hour
 	// All of the guest has one clock. In the eyes of the second host that of

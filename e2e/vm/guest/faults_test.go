@@ -8,10 +8,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"keyturn/internal/kmesim"
 )
 
 // What DESIGN promises after the end of any fault, for the link beside the
@@ -28,61 +31,66 @@ type fault struct {
 	do func(l *lab)
 	// spares: the tunnel does not lose a packet over it.
 	spares bool
-	// rotator and peer are settings of both ends.
-	rotator, peer settings
+	with   settingsOf // the hosts' configurations, besides the defaults
 }
 
 // run plays a fault with the link beside the tunnel or inside it, and judges:
 // the tunnel works within the bound, stays so over its next handshakes, and
 // both ends have rotated since and are in step.
 func (f fault) run(t *testing.T, inside bool) {
-	l := newLab(t)
-	bound, where := boundBeside, "beside"
+	where, bound := "beside", boundBeside
 	if inside {
-		bound, where = boundInside, "inside"
+		where, bound = "inside", boundInside
+		if f.with == nil {
+			f.with = func(*host) (rotator, peer settings) { return nil, settings{"fallback": "initial"} }
+		}
 	}
-	l.configure(inside, f.rotator, f.peer)
-	l.a.start()
-	l.b.start()
-	l.eventually(20*time.Second, "protected", l.inStep)
-	both := l.pingBoth()
-	time.Sleep(10 * time.Second)
-	if r := both.so(); r.lost() > 0 {
-		t.Errorf("before anything went wrong: %v", r)
-	}
+	t.Run(f.name+", "+where, func(t *testing.T) {
+		found := "the test did not come to its end"
+		defer func() {
+			verdict("%-6s | %s | %-55s | %s", outcome(t), where, f.name, found)
+		}()
+		l := newLab(t)
+		l.configure(inside, f.with)
+		l.begin(inside)
+		both := l.pingBoth()
+		time.Sleep(10 * time.Second)
+		if r := both.so(); r.lost() > 0 {
+			t.Errorf("before anything went wrong: %v", r)
+		}
 
-	f.do(l)
-	end, serial := time.Now(), l.confirmedAtMost()
-	// A session that was there at the end has died of different keys by now,
-	// if they are different.
-	time.Sleep(bound + rejectAfter + 10*time.Second)
-	l.eventually(time.Minute, "in step", l.inStep)
-	r := both.stop()
-	back := r.recovery(end)
-	if back > bound {
-		t.Errorf("the tunnel came back after %v", back)
-	}
-	if f.spares && r.lost() > 0 {
-		t.Errorf("nothing should have been lost: %v", r)
-	}
-	if n := l.confirmedAtMost(); n <= serial {
-		t.Errorf("no key was confirmed since: %d then, %d now", serial, n)
-	}
-	word := "ok"
-	if t.Failed() {
-		word = "FAILED"
-	}
-	verdict("%-6s | %-6s | %-55s | %6.1f s | %5d of %5d lost, %4d after the end", word, where, f.name,
-		back.Seconds(), r.lost(), r.sent(), r.since(end).lost())
+		f.do(l)
+		end, serial := time.Now(), l.confirmedAtMost()
+		// If the ends have different keys, a session that was there at the
+		// end has died of it by then.
+		time.Sleep(bound + rejectAfter + 10*time.Second)
+		l.eventually(time.Minute, "in step", l.inStep)
+		r := both.stop()
+		back := r.recovery(end)
+		if back > bound {
+			t.Errorf("the tunnel came back after %v", back)
+		}
+		if f.spares && r.lost() > 0 {
+			t.Errorf("nothing should have been lost: %v", r)
+		}
+		if n := l.confirmedAtMost(); n <= serial {
+			t.Errorf("no key was confirmed since: %d then, %d now", serial, n)
+		}
+		found = fmt.Sprintf("back after %5.1f s | lost %4d of %4d pings, %3d of them after the end",
+			back.Seconds(), r.lost(), r.sent(), r.since(end).lost())
+	})
 }
 
-// each returns a fault for the client, one for the server, and one for both.
-func each(name string, do func(l *lab, hosts []*host)) []fault {
-	return []fault{
-		{name: name + " (client)", do: func(l *lab) { do(l, []*host{l.a}) }},
-		{name: name + " (server)", do: func(l *lab) { do(l, []*host{l.b}) }},
-		{name: name + " (both)", do: func(l *lab) { do(l, []*host{l.a, l.b}) }},
-	}
+// each makes of one fault one of the client, one of the server, and one of both.
+func each(f fault, do func(l *lab, hosts []*host)) []fault {
+	client, server, both := f, f, f
+	client.name += ", client"
+	client.do = func(l *lab) { do(l, []*host{l.a}) }
+	server.name += ", server"
+	server.do = func(l *lab) { do(l, []*host{l.b}) }
+	both.name += ", both"
+	both.do = func(l *lab) { do(l, []*host{l.a, l.b}) }
+	return []fault{client, server, both}
 }
 
 // whileDown takes something of the hosts away and brings it back after a while.
@@ -132,16 +140,16 @@ func (l *lab) betweenSets() {
 
 // everywhere are the faults that are the same wherever the link runs.
 func everywhere() []fault {
-	var all []fault
-	all = append(all, each("kill -9, again after 5 s", whileDown(5*time.Second, (*host).kill, (*host).start))...)
-	all = append(all, each("reboot, 20 s", whileDown(20*time.Second, (*host).shutdown, (*host).boot))...)
-	all = append(all, each("interface deleted, made anew after 5 s", whileDown(5*time.Second, (*host).deleteDevice, (*host).createDevice))...)
-	all = append(all, each("peer removed, added after 5 s", whileDown(5*time.Second, (*host).removePeer, (*host).addPeer))...)
-	all = append(all, each("foreign PSK", func(_ *lab, hosts []*host) {
-		for _, h := range hosts {
-			h.setPSK(newKey(h.lab.t))
-		}
-	})...)
+	all := slices.Concat(
+		each(fault{name: "kill -9, again after 5 s", spares: true}, whileDown(5*time.Second, (*host).kill, (*host).start)),
+		each(fault{name: "reboot, 20 s"}, whileDown(20*time.Second, (*host).shutdown, (*host).boot)),
+		each(fault{name: "interface deleted, again after 5 s"}, whileDown(5*time.Second, (*host).deleteDevice, (*host).createDevice)),
+		each(fault{name: "peer removed, added after 5 s"}, whileDown(5*time.Second, (*host).removePeer, (*host).addPeer)),
+		each(fault{name: "foreign PSK", spares: true}, func(_ *lab, hosts []*host) {
+			for _, h := range hosts {
+				h.setPSK(newKey(h.lab.t))
+			}
+		}))
 	for _, d := range []time.Duration{30 * time.Second, 3 * time.Minute, 10 * time.Minute} {
 		all = append(all, fault{name: fmt.Sprintf("everything cut, %v", d), do: cutFor(d, tunnelCable, besideCable)})
 	}
@@ -281,15 +289,88 @@ func TestBeside(t *testing.T) {
 			time.Sleep(20 * time.Second)
 			l.b.boot()
 		}})
-	for _, f := range faults {
-		t.Run(f.name, func(t *testing.T) { f.run(t, false) })
+	for _, f := range append(faults, atTheKMS()...) {
+		f.run(t, false)
 	}
 }
 
-// TestInside: the link runs inside the tunnel, with fallback: initial.
+// TestInside: the link runs inside the tunnel, with fallback: initial or, where
+// it says so, with a journal that survives a reboot.
 func TestInside(t *testing.T) {
-	for _, f := range everywhere() {
-		f.peer = settings{"fallback": "initial"}
-		t.Run(f.name, func(t *testing.T) { f.run(t, true) })
+	faults := everywhere()
+	faults = append(faults, each(fault{
+		name: "reboot with a journal, 20 s",
+		with: func(h *host) (rotator, peer settings) {
+			h.writeSecret(h.path("journal.key"))
+			return settings{"journal": settings{"path": "journal", "key_file": "journal.key"}}, nil
+		},
+	}, whileDown(20*time.Second, (*host).shutdown, (*host).boot))...)
+	for _, f := range faults {
+		f.run(t, true)
 	}
+}
+
+// atTheKMS are ten minutes in which a KMS of either end does not do what it
+// should. The simulator runs at the first host.
+func atTheKMS() []fault {
+	var all []fault
+	for _, f := range []struct {
+		name string
+		args []string // none: it does not run
+	}{
+		{"both KMEs down", nil},
+		{"the client's KME out of keys", []string{"--fault-a", "out-of-keys"}},
+		{"the server's KME slow", []string{"--fault-b", "slow=1m"}},
+		{"the server's KME wrong", []string{"--fault-b", "wrong-bytes"}},
+	} {
+		all = append(all, fault{
+			name:   f.name + ", 10 min",
+			spares: true,
+			with:   withKMS,
+			do: func(l *lab) {
+				l.kmes.kill()
+				if f.args == nil {
+					time.Sleep(10 * time.Minute)
+				} else {
+					l.startKMEs(f.args...)
+					time.Sleep(10 * time.Minute)
+					l.kmes.kill()
+				}
+				l.startKMEs()
+			},
+		})
+	}
+	return all
+}
+
+const (
+	kmeA = "198.51.100.1:8443"
+	kmeB = "198.51.100.1:8444"
+)
+
+// withKMS lets the hosts use QKD as well, from KMEs that it starts.
+func withKMS(h *host) (rotator, peer settings) {
+	l, n := h.lab, 1
+	at := kmeA
+	if h == l.a {
+		h.keyturn("kme", "init", h.path("kme"), "--saes", "2", "--name", h.beside.String())
+		l.startKMEs()
+	} else {
+		n, at = 2, kmeB
+	}
+	sae := kmesim.SAEName(n)
+	return settings{"kms": settings{
+		"uri":              "https://" + at,
+		"sae":              sae,
+		"certificate":      l.a.path("kme", sae+".crt"),
+		"secret_key":       l.a.path("kme", sae+".key"),
+		"root_certificate": l.a.path("kme", "root.crt"),
+		"timeout":          "2s",
+	}}, settings{"sae": kmesim.SAEName(3 - n)}
+}
+
+// startKMEs starts the pair of KMEs.
+func (l *lab) startKMEs(args ...string) {
+	l.t.Helper()
+	l.kmes = l.a.background("kme.log", append([]string{"kme", "--dir", l.a.path("kme"), "--a", kmeA, "--b", kmeB}, args...)...)
 }

@@ -35,6 +35,7 @@ type lab struct {
 	t    *testing.T
 	dir  string
 	a, b *host
+	kmes *process // nil: none run
 }
 
 // host is a network namespace with a WireGuard interface of the kernel.
@@ -171,6 +172,9 @@ func (l *lab) build(first *os.File) {
 		go answer(h.echo)
 	}
 	l.t.Cleanup(func() {
+		if l.kmes != nil {
+			l.kmes.kill()
+		}
 		for _, h := range []*host{l.a, l.b} {
 			h.kill()
 			_ = h.echo.Close()
@@ -340,6 +344,14 @@ func (l *lab) eventually(limit time.Duration, what string, cond func() error) ti
 
 // verdict prints what a test found, for the host of the virtual machine to show.
 func verdict(format string, args ...any) { fmt.Printf("verdict: "+format+"\n", args...) }
+
+// outcome is a verdict's first word.
+func outcome(t *testing.T) string {
+	if t.Failed() {
+		return "FAILED"
+	}
+	return "ok"
+}
 
 func newKey(t *testing.T) wgtypes.Key {
 	t.Helper()

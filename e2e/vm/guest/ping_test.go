@@ -13,8 +13,10 @@ import (
 
 const (
 	echoPort     = "7" // RFC 862
-	pingInterval = 200 * time.Millisecond
-	pingGrace    = 2 * time.Second // an answer that takes longer is none
+	pingInterval = 400 * time.Millisecond
+	// WireGuard keeps packets while it has no session. A ping that had to
+	// wait for longer than this counts as lost.
+	pingGrace = time.Second
 )
 
 // answer sends every packet back to where it came from, until its socket closes.
@@ -32,7 +34,7 @@ func answer(c net.PacketConn) {
 }
 
 // pings is a stream of numbered packets from one host to another, inside the
-// tunnel, five a second.
+// tunnel.
 type pings struct {
 	conn     net.Conn
 	quit     chan struct{}
@@ -49,6 +51,14 @@ type ping struct {
 
 // lost reports whether the ping had no answer in time.
 func (p ping) lost() bool { return p.answered.IsZero() || p.answered.Sub(p.at) > pingGrace }
+
+// until returns when a ping that was lost shows the tunnel to be dead no more.
+func (p ping) until() time.Time {
+	if p.answered.IsZero() {
+		return p.at.Add(pingInterval)
+	}
+	return p.answered
+}
 
 // ping starts a stream of pings to a peer. It ends with stop, or the test.
 func (h *host) ping(p *host) *pings {
@@ -180,12 +190,12 @@ func (r record) lost() (n int) {
 	return n
 }
 
-// recovery returns how long after a time the last ping was lost: from then on,
-// everything was answered.
+// recovery returns how long after a time pings were lost: from then on, all
+// were answered.
 func (r record) recovery(from time.Time) (d time.Duration) {
-	for _, p := range r.since(from) {
+	for _, p := range r {
 		if p.lost() {
-			d = p.at.Sub(from) + pingInterval
+			d = max(d, p.until().Sub(from))
 		}
 	}
 	return d

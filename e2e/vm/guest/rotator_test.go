@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"strings"
 	"time"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
@@ -58,16 +59,23 @@ func (h *host) writeSecret(path string) {
 	h.must(os.WriteFile(path, []byte(id.Secret()+"\n"), 0o600))
 }
 
-// configure writes the rotators' configurations: by PQ-KE alone and by
-// default, but for these settings of the rotator and of its peer. The link
-// runs inside the tunnel or beside it; the first host is the client.
-func (l *lab) configure(inside bool, rotator, peer settings) {
+// settingsOf returns what a host's configuration has besides the defaults: of
+// the rotator, and of its peer.
+type settingsOf func(h *host) (rotator, peer settings)
+
+// configure writes the configurations of both ends. They work by PQ-KE alone,
+// unless more is said. The first host is the client.
+func (l *lab) configure(inside bool, more settingsOf) {
 	l.t.Helper()
 	for i, end := range l.hosts() {
 		h, p := end[0], end[1]
 		at := p.beside
 		if inside {
 			at = p.inner
+		}
+		var rotator, peer settings
+		if more != nil {
+			rotator, peer = more(h)
 		}
 		text, err := json.MarshalIndent(settings{
 			"interface": wg0,
@@ -87,6 +95,32 @@ func (l *lab) configure(inside bool, rotator, peer settings) {
 	}
 }
 
+// begin starts both rotators and waits until the tunnel is protected.
+func (l *lab) begin(inside bool) {
+	l.t.Helper()
+	l.a.start()
+	l.b.start()
+	if inside {
+		// The link itself has made a session, so that the first key waits for
+		// the next. It need not wait for two minutes.
+		l.eventually(20*time.Second, "a first key", l.rotated)
+		time.Sleep(3 * time.Second) // sooner it would not count as seen
+		l.a.forgetSession()
+	}
+	l.eventually(20*time.Second, "protected", l.inStep)
+}
+
+// forgetSession makes the host's interface forget the session with its peer,
+// and nothing else.
+func (h *host) forgetSession() {
+	h.lab.t.Helper()
+	p := h.peer()
+	h.configure(wgtypes.Config{Peers: []wgtypes.PeerConfig{
+		{PublicKey: p.PublicKey, Remove: true},
+		{PublicKey: p.PublicKey, PresharedKey: &p.PresharedKey, Endpoint: p.Endpoint, AllowedIPs: p.AllowedIPs},
+	}})
+}
+
 // command returns a command of keyturn, with the host's directories.
 func (h *host) command(args ...string) *exec.Cmd {
 	c := exec.Command(program, args...)
@@ -98,6 +132,19 @@ func (h *host) command(args ...string) *exec.Cmd {
 		"KEYTURN_LOG_DIR=" + h.path("log"),
 	}
 	return c
+}
+
+// keyturn runs a command that must succeed.
+func (h *host) keyturn(args ...string) {
+	h.lab.t.Helper()
+	var out []byte
+	err := h.in(func() (err error) {
+		out, err = h.command(args...).CombinedOutput()
+		return err
+	})
+	if err != nil {
+		h.lab.t.Fatalf("%s: keyturn %s: %v\n%s", h.name, strings.Join(args, " "), err, out)
+	}
 }
 
 // background starts a command that stays. What it prints goes to a file.
@@ -180,9 +227,9 @@ func (h *host) towards() (*control.PeerStatus, error) {
 	return &s.Peers[0], nil
 }
 
-// inStep returns nil when both ends have one key and call it protected, or
-// what is not so.
-func (l *lab) inStep() error {
+// rotated returns nil when both ends have one key and not the one that they
+// came up with, or what is not so.
+func (l *lab) rotated() error {
 	a, err := l.a.tryPeer()
 	if err != nil {
 		return err
@@ -196,6 +243,15 @@ func (l *lab) inStep() error {
 	}
 	if a.PresharedKey == l.a.original || a.PresharedKey == (wgtypes.Key{}) {
 		return errors.New("the ends have the key that they came up with")
+	}
+	return nil
+}
+
+// inStep returns nil when both ends have one key and call it protected, or
+// what is not so.
+func (l *lab) inStep() error {
+	if err := l.rotated(); err != nil {
+		return err
 	}
 	for _, h := range []*host{l.a, l.b} {
 		p, err := h.towards()

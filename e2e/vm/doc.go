@@ -1,0 +1,37 @@
+// Package vm runs keyturn on the WireGuard of a real kernel, in a virtual
+// machine whose time jumps over whatever the guest waits for. It holds tests
+// alone, behind the build tag vm:
+//
+//	make vm                          # skips, saying why, where tools are missing
+//	KEYTURN_VM=required make vm      # fails there
+//
+// It needs QEMU (Debian's qemu-system-x86) and one Debian package of a kernel,
+// which it fetches once into the user's cache directory with apt-get.
+// KEYTURN_VM_KERNEL names the directory of another, unpacked by dpkg-deb -x.
+//
+// # How it works
+//
+// On the host, each test builds nothing but starts a guest and reads its serial
+// console (vm_test.go). All guests boot one image: the kernel, an initramfs
+// written here (initramfs_test.go) with the modules (kernel_test.go), keyturn,
+// and the test binary of package guest. That binary is the guest's first
+// process, runs itself again as tests, and says whether they passed: the exit
+// code of QEMU tells nothing.
+//
+// QEMU counts instructions, 8 ns each, and skips the time in which the guest
+// has nothing to do. So ten minutes of rotation take some seconds, and how busy
+// the machine is does not matter to any deadline. Performance cannot be
+// measured there.
+//
+// In the guest, a host is a network namespace with an interface of the kernel's
+// WireGuard; two are joined by two cables, one for the tunnel and one for a
+// link beside it (guest/host_test.go). What goes wrong is in
+// guest/faults_test.go, in words:
+//
+//	fault{name: "link cut, 3m0s", spares: true, do: cutFor(3*time.Minute, besideCable)}
+//
+// Every fault ends in a verdict, which the test prints: after how many seconds
+// the tunnel was back, and how many pings it lost. A part of them:
+//
+//	KEYTURN_VM_ONLY=reboot go test -tags vm -v -run TestInside ./e2e/vm/
+package vm
