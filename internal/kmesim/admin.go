@@ -1,6 +1,7 @@
 package kmesim
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"syscall"
 	"time"
 
@@ -200,6 +202,18 @@ func decodeAdmin(r *http.Request, v any) *problem {
 		return bad("malformed body: " + err.Error())
 	}
 	return nil
+}
+
+// AdminPath returns the path of the admin endpoint of those who name none: in
+// the directory of the certificates, kme.sock, or for the only KME of a process
+// its name. It is empty, and so there is none, where a socket's path cannot be
+// that long.
+func AdminPath(dir, only string) string {
+	path := filepath.Join(dir, cmp.Or(only, "kme")+".sock")
+	if len(path) > maxAdminPath {
+		return ""
+	}
+	return path
 }
 
 // listenAdmin makes the socket of the admin endpoint, for this user alone. A

@@ -22,6 +22,9 @@ const maxAdminAnswer = 16 << 20
 // adminTime is the deadline of a whole request.
 const adminTime = 5 * time.Second
 
+// ErrNoSimulator means that nobody is behind an admin endpoint.
+var ErrNoSimulator = errors.New("no simulator answers")
+
 // Admin asks the simulator behind an admin endpoint. Each change returns the
 // state after it.
 type Admin struct {
@@ -74,7 +77,7 @@ func (a *Admin) do(ctx context.Context, method, resource string, body any) (*Sta
 	}
 	resp, err := a.http.Do(req)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
-		return nil, fmt.Errorf("no simulator answers on %s", a.path)
+		return nil, fmt.Errorf("%w on %s", ErrNoSimulator, a.path)
 	}
 	if err != nil {
 		return nil, errors.Unwrap(err) // of url.Error: method and URL say nothing here

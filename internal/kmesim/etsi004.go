@@ -432,5 +432,5 @@ func (s *session) close(ctx context.Context, q closeRequest, t trouble) streamSt
 func (p *pools) bps() int64 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.rate
+	return int64(p.rate)
 }

@@ -22,19 +22,21 @@ const (
 // themselves are made when they are asked for: nobody can tell.
 type pools struct {
 	mu    sync.Mutex
-	rate  int64 // bits a second; 0: as many as are asked for
-	size  int64 // bits of a full pool
-	limit int   // of pairs
+	rate  float64 // bits a second; 0: as many as are asked for
+	size  int64   // bits of a full pool
+	limit int     // of pairs
 	pairs map[pair]*pool
 }
 
 // pair is a master and a slave, in this order.
 type pair struct{ master, slave string }
 
+// pool has base bits and what came in since. Unless it is full, looking at it
+// changes nothing, so that no rounding adds up.
 type pool struct {
-	bits int64 // as of at
-	at   time.Time
-	made uint64 // keys, of whatever size
+	base  int64
+	since time.Time
+	made  uint64 // keys, of whatever size
 }
 
 // CheckRate returns an error for a rate, in keys of KeySize a second, or a size
@@ -50,7 +52,7 @@ func CheckRate(rate float64, size int) error {
 }
 
 func newPools(rate float64, size int) *pools {
-	return &pools{rate: int64(rate * KeySize), size: int64(size) * KeySize, limit: maxPools, pairs: make(map[pair]*pool)}
+	return &pools{rate: rate * KeySize, size: int64(size) * KeySize, limit: maxPools, pairs: make(map[pair]*pool)}
 }
 
 // set changes rate and size of all pools.
@@ -59,19 +61,16 @@ func (p *pools) set(rate float64, size int) {
 	defer p.mu.Unlock()
 	now := time.Now()
 	for _, q := range p.pairs {
-		p.fill(q, now)
+		q.base, q.since = p.bits(q, now), now
 	}
-	p.rate, p.size = int64(rate*KeySize), int64(size)*KeySize
-	for _, q := range p.pairs {
-		p.fill(q, now)
-	}
+	p.rate, p.size = rate*KeySize, int64(size)*KeySize
 }
 
 // limits returns rate and size as set takes them.
 func (p *pools) limits() (rate float64, size int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return float64(p.rate) / KeySize, int(p.size / KeySize)
+	return p.rate / KeySize, int(p.size / KeySize)
 }
 
 // take takes number keys of so many bits out of the pool of a master and each of
@@ -79,18 +78,17 @@ func (p *pools) limits() (rate float64, size int) {
 func (p *pools) take(master string, slaves []string, number, bits int) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	now := time.Now()
 	cost := int64(number) * int64(bits)
 	for _, s := range slaves {
-		if q := p.get(pair{master, s}); q == nil || p.rate > 0 && q.bits < cost {
+		if q := p.get(pair{master, s}, now); q == nil || p.rate > 0 && p.bits(q, now) < cost {
 			return false
 		}
 	}
 	for _, s := range slaves {
 		q := p.pairs[pair{master, s}]
 		q.made += uint64(number)
-		if p.rate > 0 {
-			q.bits -= cost
-		}
+		q.base -= cost
 	}
 	return true
 }
@@ -102,7 +100,7 @@ func (p *pools) put(master string, slaves []string, number, bits int) {
 	for _, s := range slaves {
 		if q := p.pairs[pair{master, s}]; q != nil {
 			q.made -= uint64(number)
-			q.bits = min(q.bits+int64(number)*int64(bits), p.size)
+			q.base += int64(number) * int64(bits)
 		}
 	}
 }
@@ -111,8 +109,9 @@ func (p *pools) put(master string, slaves []string, number, bits int) {
 func (p *pools) stored(master, slave string) (keys, size int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if q := p.get(pair{master, slave}); q != nil {
-		keys = int(q.bits / KeySize)
+	now := time.Now()
+	if q := p.get(pair{master, slave}, now); q != nil {
+		keys = int(p.bits(q, now) / KeySize)
 	}
 	return keys, int(p.size / KeySize)
 }
@@ -122,56 +121,46 @@ func (p *pools) stored(master, slave string) (keys, size int) {
 func (p *pools) drain(master, slave string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if master != "" && slave != "" {
-		p.get(pair{master, slave}) // also before it is first heard of
-	}
 	now := time.Now()
+	if master != "" && slave != "" {
+		p.get(pair{master, slave}, now) // also before it is first heard of
+	}
 	for name, q := range p.pairs {
 		if (master == "" || master == name.master) && (slave == "" || slave == name.slave) {
-			q.bits, q.at = 0, now
+			q.base, q.since = 0, now
 		}
 	}
 }
 
-// get returns a pool as it is now, a new one where there is none, and nil where
-// there are too many.
-func (p *pools) get(name pair) *pool {
-	now := time.Now()
+// get returns a pool, a new one where there is none, and nil where there are too
+// many.
+func (p *pools) get(name pair, now time.Time) *pool {
 	q := p.pairs[name]
-	if q == nil {
-		if len(p.pairs) >= p.limit {
-			p.sweep(now)
-		}
-		if len(p.pairs) >= p.limit {
-			return nil
-		}
-		q = &pool{bits: p.size, at: now}
-		p.pairs[name] = q
+	if q != nil {
+		return q
 	}
-	p.fill(q, now)
+	if len(p.pairs) >= p.limit {
+		// Those that are full are as good as new.
+		maps.DeleteFunc(p.pairs, func(_ pair, q *pool) bool { return p.bits(q, now) == p.size })
+	}
+	if len(p.pairs) >= p.limit {
+		return nil
+	}
+	q = &pool{base: p.size, since: now}
+	p.pairs[name] = q
 	return q
 }
 
-// sweep drops the pools that are full, which are as good as new.
-func (p *pools) sweep(now time.Time) {
-	maps.DeleteFunc(p.pairs, func(_ pair, q *pool) bool {
-		p.fill(q, now)
-		return q.bits == p.size
-	})
-}
-
-// fill brings a pool up to date.
-func (p *pools) fill(q *pool, now time.Time) {
-	passed := now.Sub(q.at)
-	if p.rate == 0 || float64(q.bits)+passed.Seconds()*float64(p.rate) >= float64(p.size) {
-		q.bits, q.at = p.size, now
-		return
+// bits returns how much a pool holds. Of rounding there is no more than a
+// millionth of a bit, which must not take one away.
+func (p *pools) bits(q *pool, now time.Time) int64 {
+	bits := q.base + int64(now.Sub(q.since).Seconds()*p.rate+1e-6)
+	if p.rate == 0 || bits >= p.size {
+		// What comes in now is lost.
+		q.base, q.since = p.size, now
+		return p.size
 	}
-	// Whole bits; what is left of the time counts for the next. The product is
-	// less than MaxPool*KeySize*1e9, which an int64 holds.
-	bits := int64(passed) * p.rate / int64(time.Second)
-	q.bits += bits
-	q.at = q.at.Add(time.Duration(bits * int64(time.Second) / p.rate))
+	return bits
 }
 
 // list returns the pools in the order of their names, limit at most, and how
@@ -181,8 +170,7 @@ func (p *pools) list(limit int) (list []PoolState, all int) {
 	defer p.mu.Unlock()
 	now := time.Now()
 	for name, q := range p.pairs {
-		p.fill(q, now)
-		list = append(list, PoolState{name.master, name.slave, int(q.bits / KeySize), q.made})
+		list = append(list, PoolState{name.master, name.slave, int(p.bits(q, now) / KeySize), q.made})
 	}
 	slices.SortFunc(list, func(a, b PoolState) int {
 		return cmp.Or(cmp.Compare(a.Master, b.Master), cmp.Compare(a.Slave, b.Slave))

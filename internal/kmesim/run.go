@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"path/filepath"
 
 	"golang.org/x/sync/errgroup"
 )
@@ -157,13 +156,4 @@ func closeAll(lns []net.Listener) {
 	for _, ln := range lns {
 		ln.Close()
 	}
-}
-
-// AdminPath returns the path of the admin endpoint of those who name none: in
-// the directory of the certificates.
-func AdminPath(dir, only string) string {
-	if only == "" {
-		only = "kme"
-	}
-	return filepath.Join(dir, only+".sock")
 }
