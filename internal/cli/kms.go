@@ -163,6 +163,8 @@ func qualified(ctx context.Context, here kmsEnd, there *kmsEnd) (*qualify.Report
 	switch i := here.kms.Interface; i {
 	case config.ETSI014:
 		return qualify.ETSI014(ctx, c)
+	case config.SKIP:
+		return qualify.SKIP(ctx, c)
 	default:
 		return nil, fmt.Errorf("interface %s cannot be tested by this version", i)
 	}

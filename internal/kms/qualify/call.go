@@ -33,8 +33,22 @@ type side struct {
 	unheard   int // calls in a row without an answer
 }
 
-// open reads the files that the end names. It does not connect.
-func open(e End, peer, api string, minimum uint16) (*side, error) {
+// open opens both ends; there is nil where the configuration has none. It does
+// not connect.
+func open(c Config, api string, minimum uint16) (here, there *side, err error) {
+	if here, err = openEnd(c.Here, c.Peer, api, minimum); err != nil {
+		return nil, nil, err
+	}
+	if c.There != nil {
+		if there, err = openEnd(*c.There, c.Here.SAE, api, minimum); err != nil {
+			return nil, nil, fmt.Errorf("the other end: %w", err)
+		}
+	}
+	return here, there, nil
+}
+
+// openEnd reads the files that an end names.
+func openEnd(e End, peer, api string, minimum uint16) (*side, error) {
 	if e.Timeout == 0 {
 		e.Timeout = kmshttp.DefaultTimeout
 	}
@@ -51,7 +65,11 @@ func open(e End, peer, api string, minimum uint16) (*side, error) {
 	return s, nil
 }
 
-func (s *side) close() { s.transport.CloseIdleConnections() }
+func (s *side) close() {
+	if s != nil {
+		s.transport.CloseIdleConnections()
+	}
+}
 
 // dead reports that the KMS was silent so often that asking on would only take
 // time.
@@ -202,6 +220,14 @@ func (l Line) on(s *side, r reply) Line {
 	l.At = s.SAE
 	l.Seconds = r.took.Seconds()
 	return l
+}
+
+// silent adds a line as not tested where asking on would only take time.
+func (t *tester) silent(s *side, l Line) bool {
+	if s.dead() {
+		t.untested(noAnswer, l.at(s.SAE))
+	}
+	return s.dead()
 }
 
 // refused judges a request that has to be refused. Where keyturn needs that,

@@ -36,19 +36,12 @@ func ETSI014(ctx context.Context, c Config) (*Report, error) {
 		return nil, err
 	}
 	t := &etsi014{tester: tester{report: Report{Specification: "ETSI GS QKD 014 V1.1.1"}}}
-	const api = "/api/v1/keys"
-	here, err := open(c.Here, c.Peer, api, tls.VersionTLS12)
+	here, there, err := open(c, "/api/v1/keys", tls.VersionTLS12)
 	if err != nil {
 		return nil, err
 	}
 	defer here.close()
-	var there *side
-	if c.There != nil {
-		if there, err = open(*c.There, c.Here.SAE, api, tls.VersionTLS12); err != nil {
-			return nil, fmt.Errorf("the other end: %w", err)
-		}
-		defer there.close()
-	}
+	defer there.close()
 	t.run(ctx, here, there)
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -79,7 +72,7 @@ func (t *etsi014) run(ctx context.Context, here, there *side) {
 	}
 	why := needsOther
 	if there != nil && !thereOn {
-		why, there = "no connection at the other end", nil
+		why, there = noConnectionThere, nil
 	}
 	t.slave(ctx, here, there, keys, why)
 	t.unknownID(ctx, here, there)
@@ -88,8 +81,8 @@ func (t *etsi014) run(ctx context.Context, here, there *side) {
 	t.errorFormat()
 }
 
-// path is that of a method on the keys shared with an SAE (clause 5).
-func path(sae, verb string) string { return "/" + url.PathEscape(sae) + "/" + verb }
+// pathOf is that of a method on the keys shared with an SAE (clause 5).
+func pathOf(sae, verb string) string { return "/" + url.PathEscape(sae) + "/" + verb }
 
 // do sends a call and looks at the form of an error.
 func (t *etsi014) do(ctx context.Context, s *side, c call) reply {
@@ -139,7 +132,7 @@ type limits struct {
 
 // status judges the connection of one end and "Get status".
 func (t *etsi014) status(ctx context.Context, s *side) (limits, bool) {
-	r, on := t.connection(ctx, s, "5.1", call{path: path(s.peer, "status")})
+	r, on := t.connection(ctx, s, "5.1", call{path: pathOf(s.peer, "status")})
 	if !on {
 		return limits{}, false
 	}
@@ -224,11 +217,6 @@ func (t *etsi014) wasted(r reply) {
 	t.report.KeysTaken += len(keys)
 }
 
-const (
-	noAnswer = "the KMS was silent twice in a row"
-	noKey    = "no key to try it with"
-)
-
 // container decodes a key container (6.3) and says what is wrong with it for
 // one who wants so many keys of 256 bits.
 func container(r reply, want int) (keys []key, problem string) {
@@ -285,14 +273,13 @@ type handed struct{ get, post, many []key }
 func (t *etsi014) master(ctx context.Context, s *side, l limits) (h handed) {
 	byGet, byPost := lineGet, linePost
 	byGet.Needed, byPost.Needed = s.Method != http.MethodPost, s.Method == http.MethodPost
-	enc := path(s.peer, "enc_keys")
+	enc := pathOf(s.peer, "enc_keys")
 	problem := ""
 
 	r := t.do(ctx, s, call{path: enc, query: url.Values{"number": {"1"}, "size": {"256"}}})
 	h.get, problem = t.encKeys(r, 1)
 	t.judge(byGet.on(s, r), problem, "")
-	if s.dead() {
-		t.untested(noAnswer, Line{Clause: "5.3", What: "all else about Get key", At: s.SAE})
+	if t.silent(s, Line{Clause: "5.3", What: "all else about Get key"}) {
 		return h
 	}
 
@@ -312,14 +299,11 @@ func (t *etsi014) master(ctx context.Context, s *side, l limits) (h handed) {
 		if problem == "" {
 			t.line(lineOpt.on(s, optional), Wrong, "%s", optional.brief())
 		} else {
-			optionally := lineOpt
-			optionally.At = s.SAE
-			t.untested("POST does not work", optionally)
+			t.untested("POST does not work", lineOpt.at(s.SAE))
 		}
 	}
 
-	many := lineMany
-	many.At = s.SAE
+	many := lineMany.at(s.SAE)
 	if l.perRequest != nil && *l.perRequest < 2 {
 		t.line(many, NotSupported, "max_key_per_request is %d", *l.perRequest)
 		return h
@@ -341,22 +325,17 @@ func enough(s *side, enc string, number, size int64) call {
 // refusals asks for what has to be refused. A KMS that does so hands out no
 // key.
 func (t *etsi014) refusals(ctx context.Context, s *side, l limits) {
-	enc := path(s.peer, "enc_keys")
+	enc := pathOf(s.peer, "enc_keys")
 	post := func(body string) call { return call{method: http.MethodPost, path: enc, body: body} }
 	ask := func(line Line, c call, text string) {
-		if s.dead() {
-			line.At = s.SAE
-			t.untested(noAnswer, line)
+		if t.silent(s, line) {
 			return
 		}
 		r := t.do(ctx, s, c)
 		t.wasted(r)
 		t.refused(line.on(s, r), r, http.StatusBadRequest, text)
 	}
-	skip := func(line Line, why string) {
-		line.At = s.SAE
-		t.untested(why, line)
-	}
+	skip := func(line Line, why string) { t.untested(why, line.at(s.SAE)) }
 
 	line := Line{Clause: "6.2", What: "a size that is no multiple of 8 is refused"}
 	r := t.do(ctx, s, enough(s, enc, 1, keyBits-1))
@@ -387,8 +366,7 @@ func (t *etsi014) refusals(ctx context.Context, s *side, l limits) {
 	ask(Line{Clause: "5.3", What: "a malformed body is refused"}, post(`{"number":1,`), "")
 
 	line = Line{Clause: "5", What: "another method than GET and POST is refused"}
-	if s.dead() {
-		skip(line, noAnswer)
+	if t.silent(s, line) {
 		return
 	}
 	r = t.do(ctx, s, call{method: http.MethodDelete, path: enc})
@@ -397,7 +375,7 @@ func (t *etsi014) refusals(ctx context.Context, s *side, l limits) {
 	// The standard does not say what becomes of a key for nobody, so that both
 	// answers are right.
 	line = Line{Clause: "5.3", What: "no key for an SAE that nobody knows"}
-	r = t.do(ctx, s, enough(s, path("keyturn-kms-test-nobody", "enc_keys"), 1, keyBits))
+	r = t.do(ctx, s, enough(s, pathOf("keyturn-kms-test-nobody", "enc_keys"), 1, keyBits))
 	t.wasted(r)
 	line = line.on(s, r)
 	switch {
@@ -415,10 +393,9 @@ func (t *etsi014) refusals(ctx context.Context, s *side, l limits) {
 // multicast judges additional_slave_SAE_IDs, as far as it can without a third
 // SAE: that their number is limited as status says.
 func (t *etsi014) multicast(ctx context.Context, s *side, l limits, post func(string) call) {
-	line := Line{Clause: "6.2", What: "more additional_slave_SAE_IDs than max_SAE_ID_count are refused", At: s.SAE}
+	line := Line{Clause: "6.2", What: "more additional_slave_SAE_IDs than max_SAE_ID_count are refused"}.at(s.SAE)
 	switch {
-	case s.dead():
-		t.untested(noAnswer, line)
+	case t.silent(s, line):
 		return
 	case l.maxSAEs == nil:
 		t.untested("status has no max_SAE_ID_count", line)
@@ -442,7 +419,7 @@ func (t *etsi014) multicast(ctx context.Context, s *side, l limits, post func(st
 
 // dec asks by key IDs, by POST or, for one, by GET.
 func dec(s *side, method string, keys ...key) call {
-	p := path(s.peer, "dec_keys")
+	p := pathOf(s.peer, "dec_keys")
 	if method != http.MethodPost {
 		return call{path: p, query: url.Values{"key_ID": {keys[0].id}}}
 	}
@@ -457,16 +434,13 @@ func dec(s *side, method string, keys ...key) call {
 // slave gets the keys of here at the other end, then the other way round, or
 // says why it does not.
 func (t *etsi014) slave(ctx context.Context, here, there *side, h handed, why string) {
-	byGet, byPost := lineSame, lineSameP
+	byGet, byPost := lineSame.at(here.peer), lineSameP.at(here.peer)
 	byGet.Needed, byPost.Needed = here.Method != http.MethodPost, here.Method == http.MethodPost
 	if there != nil {
 		byGet.Needed, byPost.Needed = there.Method != http.MethodPost, there.Method == http.MethodPost
 	}
-	alien, once, many, back := lineAlien, lineOnce, lineSameM, lineTwoWay
-	alien.At, back.At = here.SAE, here.SAE
-	for _, l := range []*Line{&byGet, &byPost, &many, &once} {
-		l.At = here.peer
-	}
+	alien, back := lineAlien.at(here.SAE), lineTwoWay.at(here.SAE)
+	many, once := lineSameM.at(here.peer), lineOnce.at(here.peer)
 	if there == nil {
 		t.untested(why, alien, byGet, byPost, many, once, back)
 		return
@@ -501,8 +475,7 @@ func (t *etsi014) deliver(ctx context.Context, s *side, l Line, method string, w
 	case len(want) == 0:
 		t.untested(noKey, l)
 		return
-	case s.dead():
-		t.untested(noAnswer, l)
+	case t.silent(s, l):
 		return
 	}
 	r, waited := s.patiently(ctx, dec(s, method, want...))
@@ -534,11 +507,10 @@ func (t *etsi014) deliver(ctx context.Context, s *side, l Line, method string, w
 
 // back lets the other end ask first.
 func (t *etsi014) back(ctx context.Context, here, there *side, l Line) {
-	if here.dead() || there.dead() {
-		t.untested(noAnswer, l)
+	if t.silent(here, l) || t.silent(there, l) {
 		return
 	}
-	r := t.do(ctx, there, enough(there, path(there.peer, "enc_keys"), 1, keyBits))
+	r := t.do(ctx, there, enough(there, pathOf(there.peer, "enc_keys"), 1, keyBits))
 	keys, problem := t.encKeys(r, 1)
 	if problem != "" {
 		t.line(l.on(there, r), Wrong, "%s", problem)
@@ -553,9 +525,8 @@ func (t *etsi014) unknownID(ctx context.Context, here, there *side) {
 	if there != nil {
 		s = there
 	}
-	l := Line{Clause: "5.4", What: "an unknown key ID is refused", At: s.SAE}
-	if s.dead() {
-		t.untested(noAnswer, l)
+	l := Line{Clause: "5.4", What: "an unknown key ID is refused"}
+	if t.silent(s, l) {
 		return
 	}
 	r := t.do(ctx, s, dec(s, s.Method, key{id: randomUUID()}))

@@ -61,6 +61,19 @@ func (n *network) serve(f func(*kmesim.KME) func(context.Context, net.Listener, 
 	n.t.Cleanup(func() { cancel(); serving.Wait() })
 }
 
+// fail sets what is wrong with each KME.
+func (n *network) fail(a, b string) {
+	n.t.Helper()
+	for kme, text := range map[*kmesim.KME]string{n.pair.A: a, n.pair.B: b} {
+		f, err := kmesim.ParseFault(text)
+		if err != nil {
+			n.t.Fatal(err)
+		}
+		kme.SetFault(f)
+	}
+}
+
+// The simulator has SKIP at the same ports.
 func etsi014Server(k *kmesim.KME) func(context.Context, net.Listener, *tls.Config) error {
 	return k.Serve
 }
@@ -193,13 +206,7 @@ func TestETSI014Faults(t *testing.T) {
 		t.Run(tt.a+" "+tt.b, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				n := newNetwork(t)
-				for kme, text := range map[*kmesim.KME]string{n.pair.A: tt.a, n.pair.B: tt.b} {
-					f, err := kmesim.ParseFault(text)
-					if err != nil {
-						t.Fatal(err)
-					}
-					kme.SetFault(f)
-				}
+				n.fail(tt.a, tt.b)
 				n.serve(etsi014Server)
 				began := time.Now()
 				r, err := ETSI014(t.Context(), n.config())

@@ -129,7 +129,19 @@ func (t *tester) judge(l Line, problem, detail string) {
 	t.line(l, Right, "%s", detail)
 }
 
-const needsOther = "needs the other end's configuration"
+// Why nothing was asked.
+const (
+	needsOther        = "needs the other end's configuration"
+	noConnectionThere = "no connection at the other end"
+	noAnswer          = "the KMS was silent twice in a row"
+	noKey             = "no key to try it with"
+)
+
+// at returns the line for an end.
+func (l Line) at(sae string) Line {
+	l.At = sae
+	return l
+}
 
 // untested adds lines that nothing was asked for.
 func (t *tester) untested(why string, lines ...Line) {
