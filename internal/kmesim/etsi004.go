@@ -253,7 +253,6 @@ func (s *session) partner(q openRequest) (string, bool) {
 // join opens a stream, and waits for the peer where it can know of it.
 func (s *session) join(ctx context.Context, q openQuestion, timeout time.Duration, a *openAnswer) streamStatus {
 	wait := timeout > 0 && q.Stream != ksid{}
-	_, here := s.kme.streams.timeout(q.opening)
 	id, found, err := s.kme.openStream(ctx, q)
 	switch {
 	case err != nil:
@@ -264,7 +263,7 @@ func (s *session) join(ctx context.Context, q openQuestion, timeout time.Duratio
 	}
 	q.Stream, a.stream, a.qos.TTL = id, id, found.QoS.TTL
 	s.kme.streams.enter(q.opening, timeout)
-	if found.Again && here {
+	if found.Again { // and goes on, also where this KME had to be told of it anew
 		return streamInUse
 	}
 	q.Look = true

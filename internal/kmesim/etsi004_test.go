@@ -585,7 +585,7 @@ func TestStreamLinkDown(t *testing.T) {
 }
 
 // TestStreamRestart: a KME that starts anew knows of no stream; the applications
-// open them again.
+// open them again. What the other one owns goes on.
 func TestStreamRestart(t *testing.T) {
 	for _, name := range []string{NameA, NameB} {
 		eachDialect(t, func(t *testing.T, d Dialect) {
@@ -625,7 +625,8 @@ func TestStreamRestart(t *testing.T) {
 				same(one, two, id, 0)
 			} else {
 				two.get(id, 1, streamPeerNotYet)
-				two.open(id, 1, streamOK)
+				two.open(id, 1, streamInUse)
+				one.get(id, 0, streamNoKeys)
 			}
 			same(one, two, id, 1)
 			same(two, one, id, 2)
@@ -805,9 +806,9 @@ func TestStreamRace(t *testing.T) {
 		l := streamLab(t, StreamOptions{Dialect: d}, New(Options{}))
 		id := ksid{1}
 		l.app(1, NameB).open(id, 2, streamPeerAbsent)
-		l.app(1, NameA).open(id, 2, streamPeerAbsent)
+		l.app(1, NameA).open(id, 2, streamInUse)
 		l.app(2, NameA).open(id, 1, streamOK)
-		l.app(2, NameB).open(id, 1, streamOK)
+		l.app(2, NameB).open(id, 1, streamInUse)
 		var mu sync.Mutex
 		got := map[uint32]map[int][][]byte{}
 		var all sync.WaitGroup
