@@ -202,8 +202,9 @@ func (k *KME) decKeys(ctx context.Context, master, slave string, ids []string) (
 // problem is an error answer (ETSI GS QKD 014 V1.1.1, 6.5).
 type problem struct {
 	status  int
-	Message string `json:"message"`
-	allow   string // methods, of a 405
+	Message string              `json:"message"`
+	Details []map[string]string `json:"details,omitempty"`
+	allow   string              // methods, of a 405
 }
 
 func bad(message string) *problem { return &problem{status: http.StatusBadRequest, Message: message} }
@@ -231,6 +232,7 @@ func reply(w http.ResponseWriter, status int, v any) {
 		}
 	}
 	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
 	w.WriteHeader(status)
 	_, _ = w.Write(b)

@@ -136,7 +136,8 @@ func TestRefusals(t *testing.T) {
 		{"twice", "sae_001", "GET", enc + "?number=1&number=1", "", 400, "a GET has number and size, once each"},
 		{"unknown parameter", "sae_001", "GET", enc + "?bits=8", "", 400, "a GET has number and size, once each"},
 		{"query", "sae_001", "GET", enc + "?%zz", "", 400, "malformed query"},
-		{"mandatory", "sae_001", "POST", enc, `{"extension_mandatory":[{"route":"direct"}]}`, 400, "not all extension_mandatory parameters are supported"},
+		{"mandatory", "sae_001", "POST", enc, `{"extension_mandatory":[{}]}`, 400, "not all extension_mandatory parameters are supported"},
+		{"extension that is none", "sae_001", "POST", enc, `{"extension_optional":["route"]}`, 400, "malformed body"},
 		{"slaves", "sae_001", "POST", enc, `{"additional_slave_SAE_IDs":["` + strings.Repeat(`a","`, 16) + `b"]}`, 400, "additional_slave_SAE_IDs shall be at most 16"},
 		{"empty slave", "sae_001", "POST", enc, `{"additional_slave_SAE_IDs":[""]}`, 400, "additional_slave_SAE_IDs holds no SAE ID"},
 		{"self", "sae_002", "GET", enc, "", 400, "an SAE shares no keys with itself"},
@@ -173,6 +174,73 @@ func TestRefusals(t *testing.T) {
 	}
 	if code, _ := call(p.B, "sae_002", "GET", dec+"?key_ID="+ids[0], ""); code != 200 {
 		t.Errorf("after all that the key is gone: %d", code)
+	}
+}
+
+// TestExtensions: those that may be ignored are, those that may not are refused
+// by name (ETSI GS QKD 014 V1.1.1, 6.2 and 6.5).
+func TestExtensions(t *testing.T) {
+	p := New(Options{})
+	code, answer := call(p.A, "sae_001", "POST", api+"sae_002/enc_keys", `{"extension_mandatory":[{"route":{"via":["a"]}}]}`)
+	want := `{"message":"not all extension_mandatory parameters are supported","details":[{"extension_mandatory_unsupported":"route"}]}`
+	if code != 400 || answer != want {
+		t.Errorf("mandatory: %d %s", code, answer)
+	}
+	code, answer = call(p.A, "sae_001", "POST", api+"sae_002/enc_keys",
+		`{"extension_mandatory":[],"extension_optional":[{"route":{"via":["a"]}},{"b":1}]}`)
+	if ids, _ := keys(t, code, answer); len(ids) != 1 {
+		t.Errorf("%d keys", len(ids))
+	}
+}
+
+// TestLimitsHold: what status says can be asked for can be.
+func TestLimitsHold(t *testing.T) {
+	p := New(Options{})
+	s := p.A.status("sae_001", "sae_002")
+	var slaves []string
+	for i := range s.MaxSAEs {
+		slaves = append(slaves, fmt.Sprintf("%q", fmt.Sprint("more", i)))
+	}
+	for _, size := range []int{s.MinKeySize, s.KeySize, s.MaxKeySize} {
+		body := fmt.Sprintf(`{"number":%d,"size":%d,"additional_slave_SAE_IDs":[%s]}`, s.PerRequest, size, strings.Join(slaves, ","))
+		code, answer := call(p.A, "sae_001", "POST", api+"sae_002/enc_keys", body)
+		ids, made := keys(t, code, answer)
+		if len(ids) != s.PerRequest || len(made[0]) != size/8 {
+			t.Errorf("%d bits: %d keys", size, len(ids))
+		}
+		code, answer = call(p.B, "more15", "GET", api+"sae_001/dec_keys?key_ID="+ids[len(ids)-1], "")
+		if _, got := keys(t, code, answer); !cmp.Equal(got[0], made[len(made)-1]) {
+			t.Errorf("%d bits: the last slave got another key", size)
+		}
+	}
+}
+
+func TestHeaders(t *testing.T) {
+	p := New(Options{})
+	for _, tt := range []struct {
+		contentType string
+		code        int
+	}{{"", 200}, {"application/json", 200}, {"application/json; charset=utf-8", 200}, {"text/plain", 400}, {"nonsense;;", 400}} {
+		r := httptest.NewRequest("POST", api+"sae_002/enc_keys", strings.NewReader("{}"))
+		r.TLS = &tls.ConnectionState{PeerCertificates: []*x509.Certificate{{Subject: pkix.Name{CommonName: "sae_001"}}}}
+		if tt.contentType != "" {
+			r.Header.Set("Content-Type", tt.contentType)
+		}
+		w := httptest.NewRecorder()
+		p.A.ServeHTTP(w, r)
+		if w.Code != tt.code {
+			t.Errorf("%q: %d, want %d", tt.contentType, w.Code, tt.code)
+		}
+		if got := w.Header(); got.Get("Content-Type") != "application/json" || got.Get("Cache-Control") != "no-store" {
+			t.Errorf("headers %v", got)
+		}
+	}
+	r := httptest.NewRequest("DELETE", api+"sae_002/enc_keys", nil)
+	r.TLS = &tls.ConnectionState{PeerCertificates: []*x509.Certificate{{Subject: pkix.Name{CommonName: "sae_001"}}}}
+	w := httptest.NewRecorder()
+	p.A.ServeHTTP(w, r)
+	if got := w.Header().Get("Allow"); w.Code != 405 || got != "GET, POST" {
+		t.Errorf("%d, Allow %q", w.Code, got)
 	}
 }
 

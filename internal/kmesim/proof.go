@@ -25,7 +25,8 @@ type proof struct {
 
 func (p *proof) expires() bool { return p.rootKey != nil }
 
-// serverTLS returns the TLS side of a KME towards SAEs and the other KME.
+// serverTLS returns the TLS side of a KME towards SAEs. The KMEs are clients as
+// well, of each other, but nobody's SAEs.
 func (p *proof) serverTLS() *tls.Config {
 	expired := sync.OnceValues(p.expired)
 	return &tls.Config{
@@ -36,8 +37,14 @@ func (p *proof) serverTLS() *tls.Config {
 			}
 			return &p.cert, nil
 		},
-		ClientAuth:             tls.RequireAndVerifyClientCert,
-		ClientCAs:              p.roots,
+		ClientAuth: tls.RequireAndVerifyClientCert,
+		ClientCAs:  p.roots,
+		VerifyConnection: func(s tls.ConnectionState) error {
+			if name := s.PeerCertificates[0].Subject.CommonName; name == NameA || name == NameB {
+				return fmt.Errorf("%s is no SAE", name)
+			}
+			return nil
+		},
 		SessionTicketsDisabled: true, // nobody resumes
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/url"
 	"slices"
 	"strconv"
@@ -56,21 +57,30 @@ func keyQuery(query url.Values) (*keyRequest, *problem) {
 	return q, nil
 }
 
+// extension is a parameter of an extension, of which this KME has none.
+type extension map[string]json.RawMessage
+
 // decodeKeyRequest reads the body of "Get key" by POST (ETSI GS QKD 014
 // V1.1.1, 6.2).
 func decodeKeyRequest(body []byte) (*keyRequest, *problem) {
 	var b struct {
-		Number    *int              `json:"number"`
-		Size      *int              `json:"size"`
-		Slaves    []string          `json:"additional_slave_SAE_IDs"`
-		Mandatory []json.RawMessage `json:"extension_mandatory"`
-		Optional  []json.RawMessage `json:"extension_optional"`
+		Number    *int        `json:"number"`
+		Size      *int        `json:"size"`
+		Slaves    []string    `json:"additional_slave_SAE_IDs"`
+		Mandatory []extension `json:"extension_mandatory"`
+		Optional  []extension `json:"extension_optional"` // may be ignored
 	}
 	if p := decode(body, &b); p != nil {
 		return nil, p
 	}
 	if len(b.Mandatory) > 0 {
-		return nil, bad(textExtension)
+		p := bad(textExtension)
+		for _, e := range b.Mandatory {
+			for _, name := range slices.Sorted(maps.Keys(e)) {
+				p.Details = append(p.Details, map[string]string{"extension_mandatory_unsupported": name})
+			}
+		}
+		return nil, p
 	}
 	q := &keyRequest{number: 1, size: KeySize, slaves: b.Slaves}
 	if b.Number != nil {

@@ -192,6 +192,13 @@ func TestStrangers(t *testing.T) {
 		t.Errorf("foreign certificate: %v, want ErrRefused", err)
 	}
 
+	conf = lab.ClientTLS(1)
+	conf.Certificates = lab.KMEs[1:]
+	s = connect(t, etsi014.Config{URIs: []string{uriA}, SAE: "kme-b", TLS: kmstls.Config{Memory: conf}}, 2)
+	if _, _, err := s.Key(t.Context()); !errors.Is(err, kms.ErrRefused) {
+		t.Errorf("a KME: %v, want ErrRefused", err)
+	}
+
 	id, _, err := source(t, lab, uriA, 1, 2).Key(t.Context())
 	if err != nil {
 		t.Fatal(err)
