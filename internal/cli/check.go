@@ -226,10 +226,6 @@ func describeKMS(p *config.Peer, s *kms.Status) (string, error) {
 		return "", fmt.Errorf("has keys of at most %d bits, not %d", s.MaxKeySize, bits)
 	case s.MinKeySize > bits:
 		return "", fmt.Errorf("has keys of at least %d bits, not %d", s.MinKeySize, bits)
-	case s.MasterSAE != "" && s.MasterSAE != p.KMS.SAE:
-		return "", fmt.Errorf("knows this end as %q, not %q", s.MasterSAE, p.KMS.SAE)
-	case s.SlaveSAE != "" && s.SlaveSAE != p.SAE:
-		return "", fmt.Errorf("answers for %q, not %q", s.SlaveSAE, p.SAE)
 	}
 	parts := []string{strings.Join(p.KMS.URIs, ", ")}
 	add := func(when bool, format string, args ...any) {
@@ -238,6 +234,9 @@ func describeKMS(p *config.Peer, s *kms.Status) (string, error) {
 		}
 	}
 	add(s.SourceKME != "", "%s to %s", s.SourceKME, s.TargetKME)
+	// Some have another form of the same ID.
+	add(s.MasterSAE != "" && s.MasterSAE != p.KMS.SAE, "knows this end as %s", s.MasterSAE)
+	add(s.SlaveSAE != "" && s.SlaveSAE != p.SAE, "the peer as %s", s.SlaveSAE)
 	add(s.MaxKeySize > 0, "keys of %d to %d bits", s.MinKeySize, s.MaxKeySize)
 	add(s.StoredKeys > 0 && s.MaxKeys == 0, "%d keys stored", s.StoredKeys)
 	add(s.MaxKeys > 0, "%d of %d keys stored", s.StoredKeys, s.MaxKeys)

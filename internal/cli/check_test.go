@@ -25,8 +25,8 @@ func TestDescribeKMS(t *testing.T) {
 		{"nothing", func(s *kms.Status) { *s = kms.Status{} }, "https://kme-a, https://kme-b", ""},
 		{"too small", func(s *kms.Status) { s.MaxKeySize = 128 }, "", "has keys of at most 128 bits, not 256"},
 		{"too large", func(s *kms.Status) { s.MinKeySize = 512 }, "", "has keys of at least 512 bits, not 256"},
-		{"another certificate", func(s *kms.Status) { s.MasterSAE = "sae_003" }, "", `knows this end as "sae_003", not "sae_001"`},
-		{"another peer", func(s *kms.Status) { s.SlaveSAE = "sae_004" }, "", `answers for "sae_004", not "sae_002"`},
+		{"other names", func(s *kms.Status) { *s = kms.Status{MasterSAE: "qkd://sae_001", SlaveSAE: "qkd://sae_002"} },
+			"https://kme-a, https://kme-b, knows this end as qkd://sae_001, the peer as qkd://sae_002", ""},
 	} {
 		s := whole
 		tt.edit(&s)
