@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -182,6 +183,7 @@ func everywhere() []fault {
 		}},
 		fault{name: "client set back to what it was 5 min ago", do: func(l *lab) { l.setBack(l.a) }},
 		fault{name: "server set back to what it was 5 min ago", do: func(l *lab) { l.setBack(l.b) }},
+		mixture(1), mixture(2),
 		fault{name: "disk full for journal and log, 10 min", spares: true, do: func(l *lab) {
 			for _, end := range l.hosts() {
 				end[0].fillDisk()
@@ -192,6 +194,36 @@ func everywhere() []fault {
 			}
 		}},
 	)
+}
+
+// mixture is ten minutes in which anything happens, drawn from a seed, alone or
+// under a storm.
+func mixture(seed uint64) fault {
+	return fault{name: fmt.Sprintf("a mixture of all, 10 min, seed %d", seed), do: func(l *lab) {
+		draw := rand.New(rand.NewPCG(seed, 0))
+		foreign := func(h *host) { h.setPSK(newKey(l.t)) }
+		nothing := func(*host) {}
+		blows := []struct{ down, up func(*host) }{
+			{(*host).kill, (*host).start},
+			{(*host).shutdown, (*host).boot},
+			{(*host).deleteDevice, (*host).createDevice},
+			{(*host).removePeer, (*host).addPeer},
+			{foreign, nothing},
+			{nothing, nothing},
+		}
+		seconds := func(from, to int) time.Duration { return time.Duration(from+draw.IntN(to-from)) * time.Second }
+		for end := time.Now().Add(10 * time.Minute); time.Now().Before(end); {
+			for _, cable := range []string{tunnelCable, besideCable} {
+				l.weather([]weather{{}, {loss: 0.2}, {loss: 0.5}, cut}[draw.IntN(4)], cable)
+			}
+			blow, h := blows[draw.IntN(len(blows))], []*host{l.a, l.b}[draw.IntN(2)]
+			blow.down(h)
+			time.Sleep(seconds(1, 10))
+			blow.up(h)
+			time.Sleep(seconds(5, 60))
+		}
+		l.weather(weather{}, tunnelCable, besideCable)
+	}}
 }
 
 // setBack gives a host the pre-shared key and the files that it had some
