@@ -2,6 +2,7 @@ package kmesim_test
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -19,36 +20,38 @@ import (
 	"keyturn/internal/psk"
 )
 
-// streamNet is a pair of KMEs in a network in memory, and our clients of it.
-type streamNet struct {
+// simNet is a pair of KMEs in a network in memory. It needs a synctest bubble.
+type simNet struct {
 	*testing.T
 	memnet.Network
-	lab  *kmesim.Lab
-	pair *kmesim.Pair
-	o    kmesim.StreamOptions
-	stop func()
+	lab   *kmesim.Lab
+	pair  *kmesim.Pair
+	port  string
+	serve func(*kmesim.KME, context.Context, net.Listener, *tls.Config) error
+	stop  func()
 }
 
-func newStreamNet(t *testing.T, o kmesim.StreamOptions) *streamNet {
-	n := &streamNet{T: t, lab: newLab(t), o: o}
+func newSimNet(t *testing.T, port string, serve func(*kmesim.KME, context.Context, net.Listener, *tls.Config) error) *simNet {
+	t.Helper()
+	n := &simNet{T: t, lab: newLab(t), port: port, serve: serve}
 	n.start()
 	t.Cleanup(func() { n.stop() })
 	return n
 }
 
 // start serves a pair that knows of nothing.
-func (n *streamNet) start() {
+func (n *simNet) start() {
+	n.Helper()
 	n.pair = kmesim.New(kmesim.Options{})
 	ctx, cancel := context.WithCancel(context.Background())
 	var served sync.WaitGroup
-	o := n.o
-	for i, k := range []*kmesim.KME{n.pair.A, n.pair.B} {
-		ln, err := n.Listen(streamURI(i))
+	for i, k := range n.kmes() {
+		ln, err := n.Listen(n.address(i))
 		if err != nil {
 			n.Fatal(err)
 		}
 		served.Go(func() {
-			if err := k.ServeStreams(ctx, ln, n.lab.ServerTLS(i), o); err != nil {
+			if err := n.serve(k, ctx, ln, n.lab.ServerTLS(i)); err != nil {
 				n.Error(err)
 			}
 		})
@@ -56,12 +59,30 @@ func (n *streamNet) start() {
 	n.stop = sync.OnceFunc(func() { cancel(); served.Wait() })
 }
 
-func (n *streamNet) restart() {
+func (n *simNet) restart() {
+	n.Helper()
 	n.stop()
 	n.start()
 }
 
-func streamURI(kme int) string { return []string{kmesim.NameA, kmesim.NameB}[kme] + ":25575" }
+func (n *simNet) kmes() [2]*kmesim.KME { return [2]*kmesim.KME{n.pair.A, n.pair.B} }
+
+func (n *simNet) address(kme int) string {
+	return [2]string{kmesim.NameA, kmesim.NameB}[kme] + ":" + n.port
+}
+
+// streamNet is one that serves key streams.
+type streamNet struct {
+	*simNet
+	o kmesim.StreamOptions
+}
+
+func newStreamNet(t *testing.T, o kmesim.StreamOptions) *streamNet {
+	t.Helper()
+	return &streamNet{newSimNet(t, "25575", func(k *kmesim.KME, ctx context.Context, ln net.Listener, conf *tls.Config) error {
+		return k.ServeStreams(ctx, ln, conf, o)
+	}), o}
+}
 
 // client is an application that uses one KME for keys shared with one peer. Like
 // a rotator it keeps its stream open.
@@ -73,7 +94,7 @@ type client struct {
 func (n *streamNet) client(sae, peer, kme int) *client {
 	n.Helper()
 	return newClient(n.T, etsi004.Config{
-		URIs: []string{streamURI(kme)}, SAE: kmesim.SAEName(sae), TLS: kmstls.Config{Memory: n.lab.ClientTLS(sae)},
+		URIs: []string{n.address(kme)}, SAE: kmesim.SAEName(sae), TLS: kmstls.Config{Memory: n.lab.ClientTLS(sae)},
 		Dialect: n.o.Dialect.String(), Dial: n.Dial,
 	}, peer)
 }
@@ -235,71 +256,72 @@ func TestClient004Restarts(t *testing.T) {
 // TestClient004Faults: what the client makes of each fault, and that keys flow
 // again when it has passed.
 func TestClient004Faults(t *testing.T) {
-	any := errors.New("any error")
 	eachStreamNet(t, true, func(n *streamNet) {
 		lead, follow := n.client(1, 2, 0), n.client(2, 1, 1)
 		flows(n, lead, follow, 1, 5)
 		for _, tt := range []struct {
-			kme         int
-			fault       string
-			lead        error // of Key
-			follow      error // of KeyByID
-			otherBytes  bool
-			wrongAtOnce bool // nothing is asked of the other end
+			kme        int
+			fault      string
+			lead       error // of Key
+			follow     error // of KeyByID
+			otherBytes bool
 		}{
 			{kme: 0, fault: "out-of-keys", lead: kms.ErrNoKeys},
 			{kme: 1, fault: "late", follow: kms.ErrUnknownKey},
 			{kme: 0, fault: "out-of-step", follow: kms.ErrUnknownKey},
 			{kme: 1, fault: "wrong-bytes", otherBytes: true},
-			{kme: 1, fault: "wrong-size", follow: any},
-			{kme: 0, fault: "wrong-size=128", lead: any},
-			{kme: 0, fault: "lost", lead: any},
-			{kme: 1, fault: "lost", follow: any},
+			{kme: 1, fault: "wrong-size", follow: errAny},
+			{kme: 0, fault: "wrong-size=128", lead: errAny},
+			{kme: 0, fault: "lost", lead: errAny},
+			{kme: 1, fault: "lost", follow: errAny},
 			{kme: 0, fault: "slow=1s"},
-			{kme: 0, fault: "slow=20s", lead: any},
-			{kme: 1, fault: "slow=20s", follow: any},
+			{kme: 0, fault: "slow=20s", lead: errAny},
+			{kme: 1, fault: "slow=20s", follow: errAny},
 			{kme: 0, fault: "drip=1ms"},
-			{kme: 0, fault: "drip=1s", lead: any},
-			{kme: 0, fault: "html", lead: any},
-			{kme: 1, fault: "html", follow: any},
-			{kme: 0, fault: "down", lead: any},
-			{kme: 1, fault: "down", follow: any},
-			{kme: 0, fault: "silent", lead: any},
-			{kme: 1, fault: "silent", follow: any},
-			{kme: 0, fault: "silent-tls", lead: any},
-			{kme: 0, fault: "cut", lead: any},
+			{kme: 0, fault: "drip=1s", lead: errAny},
+			{kme: 0, fault: "html", lead: errAny},
+			{kme: 1, fault: "html", follow: errAny},
+			{kme: 0, fault: "down", lead: errAny},
+			{kme: 1, fault: "down", follow: errAny},
+			{kme: 0, fault: "silent", lead: errAny},
+			{kme: 1, fault: "silent", follow: errAny},
+			{kme: 0, fault: "silent-tls", lead: errAny},
+			{kme: 0, fault: "cut", lead: errAny},
 		} {
-			name := fmt.Sprintf("%s at kme %d", tt.fault, tt.kme)
-			f, err := kmesim.ParseFault(tt.fault)
-			if err != nil {
-				n.Fatal(err)
-			}
-			k := []*kmesim.KME{n.pair.A, n.pair.B}[tt.kme]
-			k.SetFault(f)
-			id, a, err := lead.Key(context.Background())
-			meant(n, name+", lead", err, tt.lead, any)
-			if err == nil {
-				b, err := follow.KeyByID(context.Background(), id)
-				meant(n, name+", follow", err, tt.follow, any)
-				if err == nil && a.Equal(b) == tt.otherBytes {
-					n.Errorf("%s: the same keys is %v", name, a.Equal(b))
-				}
-			}
-			k.SetFault(kmesim.Fault{})
+			n.strike(tt.kme, tt.fault, lead, follow, tt.lead, tt.follow, tt.otherBytes)
 			flows(n, lead, follow, 2, 5)
 		}
 	})
 }
 
-func meant(tb testing.TB, name string, got, want, any error) {
-	tb.Helper()
-	switch {
-	case want == any:
-		if got == nil {
-			tb.Errorf("%s: no error", name)
+// errAny is any error.
+var errAny = errors.New("any error")
+
+// strike fetches a key while a KME fails, and holds what comes of it against
+// what should.
+func (n *simNet) strike(kme int, fault string, lead, follow kms.Source, leadErr, followErr error, otherBytes bool) {
+	n.Helper()
+	f, err := kmesim.ParseFault(fault)
+	if err != nil {
+		n.Fatal(err)
+	}
+	n.kmes()[kme].SetFault(f)
+	defer n.kmes()[kme].SetFault(kmesim.Fault{})
+	meant := func(who string, got, want error) {
+		n.Helper()
+		if !errors.Is(got, want) && (want != errAny || got == nil) {
+			n.Errorf("%s at kme %d: %s: %v, want %v", fault, kme, who, got, want)
 		}
-	case !errors.Is(got, want):
-		tb.Errorf("%s: %v, want %v", name, got, want)
+	}
+	id, a, err := lead.Key(context.Background())
+	meant("lead", err, leadErr)
+	if err != nil {
+		return
+	}
+	b, err := follow.KeyByID(context.Background(), id)
+	meant("follow", err, followErr)
+	if err == nil && a.Equal(b) == otherBytes {
+		n.Errorf("%s at kme %d: the same keys is %v", fault, kme, !otherBytes)
 	}
 }
 
