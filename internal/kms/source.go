@@ -63,9 +63,10 @@ type System interface {
 	Close() error
 }
 
-// Status is what a KMS says about itself. It may be wrong, and zero where the
-// KMS says nothing: show it, do not act on it. The texts are foreign, bounded
-// and printable.
+// Status is what a KMS says about itself. It may be wrong: show it, and let
+// nothing but convenience hang on it. A number is 0 where the KMS says nothing,
+// nonsense, or 0, which many say whatever is true; a text is empty then. The
+// texts are foreign, printable, and cut off after 200 bytes.
 type Status struct {
 	SourceKME         string // where we ask
 	TargetKME         string // where the peer asks
@@ -74,10 +75,10 @@ type Status struct {
 	KeySize           int64  // bits, unless asked otherwise
 	MinKeySize        int64  // bits
 	MaxKeySize        int64  // bits
-	StoredKeys        int64  // ready for delivery
-	MaxKeys           int64  // that it can store
+	StoredKeys        int64  // ready for delivery to this pair of SAEs
+	MaxKeys           int64  // that it stores for them
 	MaxKeysPerRequest int64
-	MaxSAEs           int64 // further slaves for one key
+	MaxSAEs           int64 // further slaves for one key; here 0 is common, and true
 	PeerAbsent        bool  // the peer's application has not connected to its KME yet
 }
 

@@ -19,14 +19,14 @@ import (
 	"keyturn/internal/testca"
 )
 
-// BenchmarkKey measures keys fetched over kept connections with mutual TLS by
-// four callers on two processors, one a request and together, of a KME on the same machine
-// that has them ready.
+// BenchmarkKey measures keys fetched over kept connections with mutual TLS, by
+// so many callers for each processor, one a request and together. The KME is on
+// the same machine and has its keys ready.
 func BenchmarkKey(b *testing.B) {
 	log.SetOutput(io.Discard)
 	key := base64.StdEncoding.EncodeToString([]byte(strings.Repeat("k", psk.Size)))
-	for _, most := range []int{1, maxShared} {
-		b.Run(fmt.Sprintf("together=%d", most), func(b *testing.B) {
+	for _, bb := range []struct{ callers, most int }{{2, 1}, {2, maxShared}, {8, 1}, {8, maxShared}} {
+		b.Run(fmt.Sprintf("callers=%d/together=%d", bb.callers, bb.most), func(b *testing.B) {
 			var requests atomic.Int64
 			ca := testca.New(b, "root")
 			l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -61,9 +61,9 @@ func BenchmarkKey(b *testing.B) {
 			defer k.Close()
 			c := newClient(k, "sae_002")
 			defer c.Close()
-			c.most = most
+			c.most = bb.most
 			b.ReportAllocs()
-			b.SetParallelism(2) // times the processors
+			b.SetParallelism(bb.callers)
 			b.RunParallel(func(pb *testing.PB) {
 				for pb.Next() {
 					_, key, err := c.Key(context.Background())

@@ -153,13 +153,13 @@ func decodeStatus(body []byte) (kms.Status, error) {
 		TargetKME:         s.TargetKME,
 		MasterSAE:         s.MasterSAE,
 		SlaveSAE:          s.SlaveSAE,
-		KeySize:           s.KeySize,
-		MinKeySize:        s.MinKeySize,
-		MaxKeySize:        s.MaxKeySize,
-		StoredKeys:        s.StoredKeyCount,
-		MaxKeys:           s.MaxKeyCount,
-		MaxKeysPerRequest: s.MaxKeyPerReq,
-		MaxSAEs:           s.MaxSAEIDCount,
+		KeySize:           max(0, s.KeySize),
+		MinKeySize:        max(0, s.MinKeySize),
+		MaxKeySize:        max(0, s.MaxKeySize),
+		StoredKeys:        max(0, s.StoredKeyCount),
+		MaxKeys:           max(0, s.MaxKeyCount),
+		MaxKeysPerRequest: max(0, s.MaxKeyPerReq),
+		MaxSAEs:           max(0, s.MaxSAEIDCount),
 	}, nil
 }
 

@@ -118,6 +118,7 @@ var field = []quirk{
 
 	{what: "the standard: status", file: "status", call: "status"},
 	{what: "all counts are zero", file: "status-zeros", call: "status"},
+	{what: "counts below zero", file: "status-negative", call: "status"},
 	{what: "fields of the status are missing", file: "status-sparse", call: "status"},
 	{what: "numbers as texts", file: "status-text-numbers", call: "status", want: "https://kme-a: answer has a JSON string as key_size"},
 	{what: "no status", file: "status-404", call: "status", is: kms.ErrRefused, want: "kms refuses: https://kme-a answered 404"},
@@ -130,8 +131,9 @@ var statuses = map[string]kms.Status{
 		SourceKME: "AAAABBBBCCCCDDDD", TargetKME: "EEEEFFFFGGGGHHHH", MasterSAE: "IIIIJJJJKKKKLLLL", SlaveSAE: "MMMMNNNNOOOOPPPP",
 		KeySize: 352, MinKeySize: 64, MaxKeySize: 1024, StoredKeys: 25000, MaxKeys: 100000, MaxKeysPerRequest: 128, MaxSAEs: 2,
 	},
-	"status-zeros":  {SourceKME: "kme-a", TargetKME: "kme-b", MasterSAE: "sae_001", SlaveSAE: "sae_002", KeySize: 256},
-	"status-sparse": {KeySize: 256},
+	"status-zeros":    {SourceKME: "kme-a", TargetKME: "kme-b", MasterSAE: "sae_001", SlaveSAE: "sae_002", KeySize: 256},
+	"status-negative": {KeySize: 256},
+	"status-sparse":   {KeySize: 256},
 }
 
 // TestField replays each exchange against the bytes of a TLS connection. The

@@ -59,6 +59,9 @@ func FuzzDecodeStatus(f *testing.F) {
 		if err != nil && s != (kms.Status{}) {
 			t.Error("a status beside the error")
 		}
+		if min(s.KeySize, s.MinKeySize, s.MaxKeySize, s.StoredKeys, s.MaxKeys, s.MaxKeysPerRequest, s.MaxSAEs) < 0 {
+			t.Errorf("a number below zero: %+v", s)
+		}
 		for _, text := range []string{s.SourceKME, s.TargetKME, s.MasterSAE, s.SlaveSAE} {
 			if len(text) > 200 || !kmshttp.Printable(text) {
 				t.Errorf("text %q", text)

@@ -412,9 +412,10 @@ func TestCallerGoes(t *testing.T) {
 }
 
 // TestDeliveryIsFaster: a call whose context ended when its key was there
-// already returns the key.
+// already returns the key. What nobody waits for any more is wiped.
 func TestDeliveryIsFaster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
+		keys := someKeys(t, 2)
 		c := newClient(nil, "sae_002")
 		c.serving = true // by this test
 		ctx, cancel := context.WithCancel(t.Context())
@@ -423,25 +424,34 @@ func TestDeliveryIsFaster(t *testing.T) {
 		synctest.Wait()
 		c.mu.Lock()
 		cancel()
-		c.deliver(make([]namedKey, 1), false, nil)
+		c.deliver(keys, false, nil)
 		c.mu.Unlock()
-		if d := <-got; d.err != nil {
+		if d := <-got; d.err != nil || d.key.IsZero() {
 			t.Errorf("the key is gone: %v", d.err)
 		}
+		if !keys[1].key.IsZero() {
+			t.Error("the other key is still there")
+		}
 	})
+}
+
+// someKeys returns n keys.
+func someKeys(t *testing.T, n int) (keys []namedKey) {
+	t.Helper()
+	for i := range n {
+		key, err := psk.New(append(make([]byte, psk.Size-1), byte(i+1)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys = append(keys, namedKey{fmt.Sprintf("key-%d", i+1), key})
+	}
+	return keys
 }
 
 // TestFirst: the keys that nobody waits for are wiped.
 func TestFirst(t *testing.T) {
 	for n := range 4 {
-		var keys []namedKey
-		for i := range 2 {
-			key, err := psk.New(append(make([]byte, psk.Size-1), byte(i+1)))
-			if err != nil {
-				t.Fatal(err)
-			}
-			keys = append(keys, namedKey{key: key})
-		}
+		keys := someKeys(t, 2)
 		got := first(n, keys)
 		for i, k := range keys {
 			if kept := i < n; k.key.IsZero() == kept || slices.Contains(got, k) != kept {
