@@ -50,7 +50,7 @@ func (k *KME) newKeys(ctx context.Context, master string, slaves []string, numbe
 			if !errors.Is(err, errCut) {
 				k.addUnheard(b.ids())
 			}
-			k.log.WarnContext(ctx, "the other KME was not told of new keys", "err", err)
+			k.log.DebugContext(ctx, "the other KME was not told of new keys", "err", err)
 			return nil, &problem{status: http.StatusServiceUnavailable, Message: textNoPeer}
 		}
 	}
@@ -127,7 +127,7 @@ func (k *KME) takeFar(ctx context.Context, master, slave string, ids []string) (
 	b.master, b.slaves = master, []string{slave}
 	answer, err := k.call(ctx, verbTake, b.encode())
 	if err != nil {
-		k.log.WarnContext(ctx, "the other KME was not asked for keys", "err", err)
+		k.log.DebugContext(ctx, "the other KME was not asked for keys", "err", err)
 		return nil, nil
 	}
 	defer clear(answer)

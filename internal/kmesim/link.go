@@ -39,7 +39,7 @@ func (k *KME) handleLink(verb string, f linkHandler) { k.verbs[verb] = f }
 // call asks the other KME. An error means that there was no answer, or that its
 // handler returned that error.
 func (k *KME) call(ctx context.Context, verb string, body []byte) ([]byte, error) {
-	if f, _ := k.strike(Cut); f.Kind == Cut {
+	if k.isCut(verb) {
 		return nil, errCut
 	}
 	answer, err := k.peer.call(ctx, verb, body)
@@ -49,9 +49,19 @@ func (k *KME) call(ctx context.Context, verb string, body []byte) ([]byte, error
 	return answer, nil
 }
 
+// isCut reports whether a call does not go through. That the KMEs ask whether the
+// other is there does not count as one of the fault's times.
+func (k *KME) isCut(verb string) bool {
+	if verb == verbHello {
+		return k.Fault().Kind == Cut
+	}
+	f, _ := k.strike(Cut)
+	return f.Kind == Cut
+}
+
 // answerLink answers the other KME.
 func (k *KME) answerLink(ctx context.Context, verb string, body []byte) ([]byte, error) {
-	if f, _ := k.strike(Cut); f.Kind == Cut {
+	if k.isCut(verb) {
 		return nil, errCut
 	}
 	f := k.verbs[verb]

@@ -313,6 +313,12 @@ func TestLinkCalls(t *testing.T) {
 func TestCut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		pair, far := New(Options{}), link(t)
+		far.kmes[1].SetFault(Fault{Kind: Cut, Times: 1})
+		time.Sleep(3 * helloInterval) // which uses nothing up
+		if code, _, _ := far.make(0); code != 503 || far.kmes[1].Fault().Kind != Healthy {
+			t.Errorf("%d, then %v", code, far.kmes[1].Fault())
+		}
+		time.Sleep(helloInterval)
 		for _, kmes := range [][2]*KME{{pair.A, pair.B}, far.kmes} {
 			for _, k := range kmes {
 				k.SetFault(Fault{Kind: Cut})
