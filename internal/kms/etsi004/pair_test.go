@@ -390,7 +390,11 @@ func TestLives(t *testing.T) {
 						w.pair.restart(side)
 					}
 					time.Sleep(pause)
-					w.within("restart", keepLate)
+					if side > 0 && w.pair.patient {
+						w.within("restart", keepLate) // the follower has to notice
+					} else {
+						w.within("restart", 0)
+					}
 				}
 			})
 		})
@@ -411,6 +415,26 @@ func TestClose(t *testing.T) {
 		stopA()
 		if n := w.pair.opened(); n != [2]int{} {
 			t.Errorf("%d streams open", n)
+		}
+	})
+}
+
+// TestLeft: a stream that the leader has left is closed by the follower as well,
+// so that a KMS holds it back no longer and the next leader can have it.
+func TestLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, newNetwork(t), ed1, manners{holding: true})
+		crash, _ := w.startA()
+		w.startB()
+		w.meet()
+		for _, known := range []bool{false, true} {
+			crash()
+			crash, _ = w.startA()
+			w.within("restart", 0)
+			if (w.a.led == w.a.known) != known {
+				t.Errorf("led the stream %v, known is %v", w.a.led.id, w.a.known.id)
+			}
+			time.Sleep(keepLate)
 		}
 	})
 }

@@ -29,7 +29,7 @@ const (
 	closeTimeout = 500 * time.Millisecond
 
 	maxMet  = 256 // key IDs
-	maxLeft = 4   // streams
+	maxLeft = 16  // streams
 )
 
 // Source hands out the keys shared with one peer. Key leads: it decides which
@@ -67,8 +67,9 @@ func newSource(k *KMS, peer string) *Source {
 	s.led = s.known
 	s.qos = qos{
 		chunk: psk.Size, maxBPS: askedBPS, minBPS: askedBPS,
-		// The KMS is to give up before we do: then we know that no key is lost.
-		timeout: uint32(k.timeout.Milliseconds() / 2),
+		// A KMS may wait so long for the peer, or for a key. It is to give up before
+		// we do, also where a call takes several requests: then no key is lost.
+		timeout: uint32(k.timeout.Milliseconds() / 5),
 		ttl:     uint32(askedTTL / time.Second), metadataType: jsonMetadata,
 	}
 	return s

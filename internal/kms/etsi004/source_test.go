@@ -29,9 +29,9 @@ func TestConversation(t *testing.T) {
 		lines   []string
 	}{
 		{"forge-ed3", []int{1, 2, 3, 4}, []string{
-			"0201010200000049 7361655f6100 7361655f6200 00000020 00000020 00000020 00000000 00000000 000009c4 00000258 6170706c69636174696f6e2f6a736f6e00" + stream,
-			"0201010300000041 00000000 00000020 00000020 00000020 00000000 00000000 000009c4 00000258 6170706c69636174696f6e2f6a736f6e00" + stream,
-			"0201010200000049 7361655f6100 7361655f6200 00000020 00000020 00000020 00000000 00000000 000009c4 00000258 6170706c69636174696f6e2f6a736f6e00" + stream,
+			"0201010200000049 7361655f6100 7361655f6200 00000020 00000020 00000020 00000000 00000000 000003e8 00000258 6170706c69636174696f6e2f6a736f6e00" + stream,
+			"0201010300000041 00000000 00000020 00000020 00000020 00000000 00000000 000003e8 00000258 6170706c69636174696f6e2f6a736f6e00" + stream,
+			"0201010200000049 7361655f6100 7361655f6200 00000020 00000020 00000020 00000000 00000000 000003e8 00000258 6170706c69636174696f6e2f6a736f6e00" + stream,
 			"0201010300000041 00000005 00000000 00000000 00000000 00000000 00000000 00000000 00000000 6170706c69636174696f6e2f6a736f6e00" + noID,
 			"020101040000001a" + stream + "00000000 00000002 0000",
 			"0201010500000032 00000000 00000000 00000020" + hexKey + "00000002 7b7d",
@@ -39,11 +39,11 @@ func TestConversation(t *testing.T) {
 			"0201010900000004 00000000",
 		}},
 		{"forge-ed1", []int{1, 1, 1, 1}, []string{
-			"0100010200000144 716b643a2f2f7361655f6100 716b643a2f2f7361655f6200 00000020 00000020 00000020 00000000 00000000 000009c4 00000258" +
+			"0100010200000144 716b643a2f2f7361655f6100 716b643a2f2f7361655f6200 00000020 00000020 00000020 00000000 00000000 000003e8 00000258" +
 				"6170706c69636174696f6e2f6a736f6e" + strings.Repeat("00", 240) + uris,
-			"0100010300000130 00000000 00000020 00000020 00000020 00000000 00000000 000009c4 00000258" +
+			"0100010300000130 00000000 00000020 00000020 00000020 00000000 00000000 000003e8 00000258" +
 				"6170706c69636174696f6e2f6a736f6e" + strings.Repeat("00", 240) + uris,
-			"0100010200000144 716b643a2f2f7361655f6100 716b643a2f2f7361655f6200 00000020 00000020 00000020 00000000 00000000 000009c4 00000258" +
+			"0100010200000144 716b643a2f2f7361655f6100 716b643a2f2f7361655f6200 00000020 00000020 00000020 00000000 00000000 000003e8 00000258" +
 				"6170706c69636174696f6e2f6a736f6e" + strings.Repeat("00", 240) + uris,
 			"0100010300000004 00000005",
 			"0100010400000018" + uris + "00000000 00000400",
@@ -213,7 +213,7 @@ func TestCounterOffer(t *testing.T) {
 			t.Fatal(err)
 		}
 		offer := qos{32, 64, 16, 5, 0, 900, 7200, "application/json"}
-		want := []qos{{32, 32, 32, 0, 0, 500, 600, "application/json"}, offer, offer, offer}
+		want := []qos{{32, 32, 32, 0, 0, 200, 600, "application/json"}, offer, offer, offer}
 		if !slices.Equal(asked, want) {
 			t.Errorf("asked for %v, want %v", asked, want)
 		}
@@ -481,6 +481,26 @@ func TestURIs(t *testing.T) {
 	})
 }
 
+// TestLostAtOneURI: a request that may have cost a key is not sent elsewhere.
+func TestLostAtOneURI(t *testing.T) {
+	inDialects(t, func(t *testing.T, n *network, d *dialect) {
+		n.serve(kmeA, easy(d, once(4, 1, func(request) answer { return silence })))
+		b, _ := n.serve(kmeB, easy(d))
+		s := n.source("sae_a", "sae_b", Config{Dialect: d.name, URIs: []string{kmeA, kmeB}})
+		_, _, err := s.Key(t.Context())
+		checkError(t, err, nil, "fetch key: kme-a:25575: GET_KEY: no answer within 5s")
+		if got := b.log(); got != "" {
+			t.Errorf("requests to b %q", got)
+		}
+		if _, key, err := s.Key(t.Context()); err != nil || !isKey(key, 0) {
+			t.Fatal(err)
+		}
+		if got := b.log(); got != "open open get0" {
+			t.Errorf("requests to b %q", got)
+		}
+	})
+}
+
 func TestNothingReached(t *testing.T) {
 	inDialects(t, func(t *testing.T, n *network, d *dialect) {
 		s := n.source("sae_a", "sae_b", Config{Dialect: d.name, URIs: []string{kmeA, kmeB}})
@@ -630,6 +650,39 @@ func TestConcurrency(t *testing.T) {
 		if len(met) != 40 {
 			t.Errorf("%d keys", len(met))
 		}
+	})
+}
+
+// TestForgottenUnderway: several followers meet a KMS that has forgotten their
+// stream. One of them opens it again, for all.
+func TestForgottenUnderway(t *testing.T) {
+	inDialects(t, func(t *testing.T, n *network, d *dialect) {
+		opens := 0
+		n.serve(kmeA, easy(d, func(r request) answer {
+			switch {
+			case r.service == 2:
+				if opens++; opens == 3 { // the first two found that it was not open
+					return saysOpen(d, r, 0, 32, r.id())
+				}
+			case r.service == 4 && opens < 3:
+				return func(c net.Conn) {
+					time.Sleep(time.Second)
+					saysNo(d, r, 9)(c)
+				}
+			}
+			return nil
+		}))
+		s := n.source("sae_b", "sae_a", Config{Dialect: d.name})
+		var running sync.WaitGroup
+		for i := range uint32(4) {
+			running.Go(func() {
+				id := keyID{s.known.id, i, "0badcafe"}
+				if key, err := s.KeyByID(t.Context(), id.String()); err != nil || !isKey(key, i) {
+					t.Error(err)
+				}
+			})
+		}
+		running.Wait()
 	})
 }
 
