@@ -38,8 +38,11 @@ func (k *KME) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer body.wipe()
-	if f, _ := k.strike(Lost); f.Kind == Lost {
-		panic(http.ErrAbortHandler)
+	switch body.(type) {
+	case *container, *hexKey:
+		if f, _ := k.strike(Lost); f.Kind == Lost {
+			panic(http.ErrAbortHandler)
+		}
 	}
 	reply(w, http.StatusOK, body)
 }

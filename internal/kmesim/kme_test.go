@@ -397,6 +397,21 @@ func TestLimitedFault(t *testing.T) {
 	})
 }
 
+// TestLost: a key is gone without an answer; a status is not a key.
+func TestLost(t *testing.T) {
+	p := New(Options{})
+	p.A.SetFault(Fault{Kind: Lost, Times: 1})
+	if code, _ := call(p.A, "sae_001", "GET", api+"sae_002/status", ""); code != 200 {
+		t.Errorf("status: %d", code)
+	}
+	defer func() {
+		if r := recover(); r != http.ErrAbortHandler || p.B.store.waiting() != 1 {
+			t.Errorf("ended by %v with %d keys at the other KME", r, p.B.store.waiting())
+		}
+	}()
+	call(p.A, "sae_001", "GET", api+"sae_002/enc_keys", "")
+}
+
 // TestSilentOnce: the last request that a fault strikes is held up until there
 // is another fault.
 func TestSilentOnce(t *testing.T) {
