@@ -105,6 +105,10 @@ func New(c Config) (*Client, error) {
 // Transport returns an HTTP/1.1 transport without a proxy, for a KMS stands in
 // the same trusted site, and without HTTP/2, which repeats requests by itself.
 // A nil dial is over the network.
+//
+// On a kept connection net/http logs, by package log, the bytes that follow an
+// answer. Where a KMS counts its bytes wrongly, those are a piece of a key: a
+// program that uses this has to discard what package log writes.
 func Transport(conf *tls.Config, dial func(ctx context.Context, network, address string) (net.Conn, error), timeout time.Duration) *http.Transport {
 	if dial == nil {
 		dial = (&net.Dialer{Timeout: timeout}).DialContext
