@@ -163,6 +163,8 @@ func qualified(ctx context.Context, here kmsEnd, there *kmsEnd) (*qualify.Report
 	switch i := here.kms.Interface; i {
 	case config.ETSI014:
 		return qualify.ETSI014(ctx, c)
+	case config.ETSI004:
+		return qualify.ETSI004(ctx, c)
 	case config.SKIP:
 		return qualify.SKIP(ctx, c)
 	default:
@@ -171,7 +173,10 @@ func qualified(ctx context.Context, here kmsEnd, there *kmsEnd) (*qualify.Report
 }
 
 func endOf(k *config.KMS) qualify.End {
-	return qualify.End{SAE: k.SAE, URI: k.URIs[0], TLS: daemon.TLSOf(k), Timeout: k.Timeout, Method: string(k.Method)}
+	return qualify.End{
+		SAE: k.SAE, URI: k.URIs[0], TLS: daemon.TLSOf(k), Timeout: k.Timeout,
+		Method: string(k.Method), Dialect: string(k.Dialect),
+	}
 }
 
 // qualification is the output of kms test --json.

@@ -15,8 +15,9 @@ import (
 )
 
 // laboratory runs a pair of KMEs on loopback and writes both ends'
-// configurations, of nothing but kms blocks.
-func laboratory(t *testing.T, iface string) (pair *kmesim.Pair, here, there string) {
+// configurations, of nothing but kms blocks: by an interface or, for 004, a
+// dialect.
+func laboratory(t *testing.T, speak string) (pair *kmesim.Pair, here, there string) {
 	t.Helper()
 	dir := t.TempDir()
 	if err := kmesim.WriteLab(dir, kmesim.LabOptions{}); err != nil {
@@ -25,11 +26,17 @@ func laboratory(t *testing.T, iface string) (pair *kmesim.Pair, here, there stri
 	pair = kmesim.New(kmesim.Options{})
 	ctx, cancel := context.WithCancel(context.Background())
 	ready, done := make(chan [2]net.Addr, 1), make(chan error, 1)
-	go func() {
-		done <- kmesim.Run(ctx, kmesim.Config{AddrA: "127.0.0.1:0", AddrB: "127.0.0.1:0", Dir: dir, Pair: pair}, func(a, b net.Addr) {
-			ready <- [2]net.Addr{a, b}
-		})
-	}()
+	conf := kmesim.Config{AddrA: "127.0.0.1:0", AddrB: "127.0.0.1:0", Dir: dir, Pair: pair}
+	listening := func(a, b net.Addr) { ready <- [2]net.Addr{a, b} }
+	is, scheme := "interface: "+speak, "https://"
+	if dialect, err := kmesim.ParseDialect(speak); err == nil {
+		conf.Streams = []kmesim.StreamPort{{
+			StreamOptions: kmesim.StreamOptions{Dialect: dialect}, AddrA: "127.0.0.1:0", AddrB: "127.0.0.1:0", Listening: listening,
+		}}
+		listening = nil
+		is, scheme = "interface: 4\n  dialect: "+speak, ""
+	}
+	go func() { done <- kmesim.Run(ctx, conf, listening) }()
 	var at [2]net.Addr
 	select {
 	case at = <-ready:
@@ -45,8 +52,8 @@ func laboratory(t *testing.T, iface string) (pair *kmesim.Pair, here, there stri
 	var paths [2]string
 	for i := range at {
 		sae := kmesim.SAEName(i + 1)
-		text := fmt.Sprintf("kms:\n  interface: %s\n  uri: https://%s\n  sae: %s\n  certificate: %s.crt\n  secret_key: %s.key\n  root_certificate: root.crt\n",
-			iface, at[i], sae, sae, sae)
+		text := fmt.Sprintf("kms:\n  %s\n  uri: %s%s\n  sae: %s\n  certificate: %s.crt\n  secret_key: %s.key\n  root_certificate: root.crt\n",
+			is, scheme, at[i], sae, sae, sae)
 		paths[i] = filepath.Join(dir, fmt.Sprintf("end%d.yaml", i))
 		if err := os.WriteFile(paths[i], []byte(text), 0o600); err != nil {
 			t.Fatal(err)
@@ -67,9 +74,9 @@ func inProcess(t *testing.T, args ...string) (stdout string, err error) {
 }
 
 func TestKmsTest(t *testing.T) {
-	for _, iface := range []string{"14", "skip"} {
-		t.Run(iface, func(t *testing.T) {
-			pair, here, there := laboratory(t, iface)
+	for _, speak := range []string{"14", "skip", "forge-ed3", "forge-ed1"} {
+		t.Run(speak, func(t *testing.T) {
+			pair, here, there := laboratory(t, speak)
 			page, err := inProcess(t, "kms", "test", here, there)
 			if err != nil {
 				t.Fatalf("%v\n%s", err, page)

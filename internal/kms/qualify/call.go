@@ -247,17 +247,20 @@ func (t *tester) refused(l Line, r reply, status int, text string) {
 	}
 }
 
-// connection judges TLS by a call that takes no key, and reports whether there
-// is any sense in going on.
-func (t *tester) connection(ctx context.Context, s *side, clause string, harmless call) (first reply, on bool) {
+// A probe makes a call that takes no key: with nil as a rotator would, otherwise
+// over a connection of its own whose TLS is changed.
+type probe func(ctx context.Context, change func(*tls.Config)) reply
+
+// connection judges TLS, and reports whether there is any sense in going on.
+func (t *tester) connection(ctx context.Context, sae, clause string, minimum uint16, ask probe) (first reply, on bool) {
 	var (
-		version = Line{Clause: clause, What: tls.VersionName(s.minimum) + " or later", Needed: true}
-		named   = Line{Clause: clause, What: "the KMS proves itself by its certificate", Needed: true, At: s.SAE}
-		demands = Line{Clause: clause, What: "nothing without a client certificate", Needed: true, At: s.SAE}
-		old     = Line{Clause: clause, What: "TLS 1.1 is refused", At: s.SAE}
+		version = Line{Clause: clause, What: tls.VersionName(minimum) + " or later", Needed: true}.at(sae)
+		named   = Line{Clause: clause, What: "the KMS proves itself by its certificate", Needed: true}.at(sae)
+		demands = Line{Clause: clause, What: "nothing without a client certificate", Needed: true}.at(sae)
+		old     = Line{Clause: clause, What: "TLS 1.1 is refused"}.at(sae)
 	)
-	first = s.ask(ctx, harmless)
-	version = version.on(s, first)
+	first = ask(ctx, nil)
+	version.Seconds = first.took.Seconds()
 	if cv, ok := errors.AsType[*tls.CertificateVerificationError](first.raw); ok {
 		t.line(version, Right, "")
 		detail := first.err.Error()
@@ -282,7 +285,7 @@ func (t *tester) connection(ctx context.Context, s *side, clause string, harmles
 
 	if first.refused {
 		// TLS 1.3 servers refuse a client's certificate after the handshake.
-		t.line(Line{Clause: clause, What: "our certificate is accepted", Needed: true, At: s.SAE}, Wrong, "%v", first.err)
+		t.line(Line{Clause: clause, What: "our certificate is accepted", Needed: true}.at(sae), Wrong, "%v", first.err)
 		t.untested("no connection", demands, old)
 		return first, false
 	}
@@ -291,8 +294,8 @@ func (t *tester) connection(ctx context.Context, s *side, clause string, harmles
 		return first, true
 	}
 
-	r := s.without(ctx, harmless, func(c *tls.Config) { c.Certificates, c.GetClientCertificate = nil, nil })
-	demands = demands.on(s, r)
+	r := ask(ctx, func(c *tls.Config) { c.Certificates, c.GetClientCertificate = nil, nil })
+	demands.Seconds = r.took.Seconds()
 	switch {
 	case r.err != nil: // an alert, or whatever is left of the connection after it
 		t.line(demands, Right, "no connection")
@@ -301,8 +304,8 @@ func (t *tester) connection(ctx context.Context, s *side, clause string, harmles
 	default:
 		t.line(demands, Wrong, "%s", r.brief())
 	}
-	r = s.without(ctx, harmless, func(c *tls.Config) { c.MinVersion, c.MaxVersion = tls.VersionTLS10, tls.VersionTLS11 })
-	if old = old.on(s, r); r.tls != nil {
+	r = ask(ctx, func(c *tls.Config) { c.MinVersion, c.MaxVersion = tls.VersionTLS10, tls.VersionTLS11 })
+	if old.Seconds = r.took.Seconds(); r.tls != nil {
 		t.line(old, Wrong, "%s is accepted", tls.VersionName(r.tls.Version))
 	} else {
 		t.line(old, Right, "no connection")
@@ -310,16 +313,21 @@ func (t *tester) connection(ctx context.Context, s *side, clause string, harmles
 	return first, true
 }
 
-// without sends a call over a connection of its own whose TLS lacks something.
-func (s *side) without(ctx context.Context, c call, take func(*tls.Config)) reply {
-	conf, err := s.TLS.Client(s.minimum)
-	if err != nil {
-		return reply{err: err}
+// probe makes a probe of a call.
+func (s *side) probe(c call) probe {
+	return func(ctx context.Context, change func(*tls.Config)) reply {
+		if change == nil {
+			return s.ask(ctx, c)
+		}
+		conf, err := s.TLS.Client(s.minimum)
+		if err != nil {
+			return reply{err: err}
+		}
+		change(conf)
+		transport := kmshttp.Transport(conf, s.Dial, s.Timeout)
+		defer transport.CloseIdleConnections()
+		return s.send(ctx, transport, c)
 	}
-	take(conf)
-	transport := kmshttp.Transport(conf, s.Dial, s.Timeout)
-	defer transport.CloseIdleConnections()
-	return s.send(ctx, transport, c)
 }
 
 // describe says whose a certificate is, and its pin.

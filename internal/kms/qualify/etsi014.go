@@ -132,7 +132,7 @@ type limits struct {
 
 // status judges the connection of one end and "Get status".
 func (t *etsi014) status(ctx context.Context, s *side) (limits, bool) {
-	r, on := t.connection(ctx, s, "5.1", call{path: pathOf(s.peer, "status")})
+	r, on := t.connection(ctx, s.SAE, "5.1", s.minimum, s.probe(call{path: pathOf(s.peer, "status")}))
 	if !on {
 		return limits{}, false
 	}
@@ -304,6 +304,9 @@ func (t *etsi014) master(ctx context.Context, s *side, l limits) (h handed) {
 	}
 
 	many := lineMany.at(s.SAE)
+	if t.silent(s, many) {
+		return h
+	}
 	if l.perRequest != nil && *l.perRequest < 2 {
 		t.line(many, NotSupported, "max_key_per_request is %d", *l.perRequest)
 		return h

@@ -33,9 +33,15 @@ type network struct {
 	pair *kmesim.Pair
 }
 
+// theLab is made once, and in a bubble, for every test is in the year 2000.
+var theLab = sync.OnceValues(func() (*kmesim.Lab, error) { return kmesim.NewLab(kmesim.LabOptions{}) })
+
 func newNetwork(t *testing.T) *network {
 	t.Helper()
-	lab, err := kmesim.NewLab(kmesim.LabOptions{})
+	if time.Now().Year() != 2000 {
+		t.Fatal("not in a bubble")
+	}
+	lab, err := theLab()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,7 +106,7 @@ func table(r *Report) string {
 		if l.Needed {
 			needed = "*"
 		}
-		line := fmt.Sprintf("%-6s %-8s%s %-62s %-14s %s", l.Clause, l.At, needed, l.What, l.Verdict, l.Detail)
+		line := fmt.Sprintf("%-13s%-8s%s %-63s %-14s %s", l.Clause, l.At, needed, l.What, l.Verdict, l.Detail)
 		b.WriteString(strings.TrimRight(line, " ") + "\n")
 	}
 	return regexp.MustCompile(`[A-Za-z0-9+/]{43}=`).ReplaceAllString(b.String(), "(pin)")
@@ -189,8 +195,8 @@ func TestETSI014Faults(t *testing.T) {
 		{"healthy", "wrong-bytes", byID},
 		{"wrong-bytes", "healthy", []string{"sae_001: the same key the other way round *"}},
 		{"wrong-size", "healthy", []string{get, post, many, "sae_001: the same key the other way round *"}},
-		{"lost", "healthy", []string{"sae_001: GET status", get}},
-		{"healthy", "lost", []string{"sae_002: GET status", byID[0]}},
+		{"lost", "healthy", []string{get, post}},
+		{"healthy", "lost", byID[:2]},
 		{"html", "healthy", []string{
 			"sae_001: GET status", get, post, many, "sae_001: a size that is no multiple of 8 is refused",
 			"sae_001: an unknown extension_mandatory is refused", "sae_001: a malformed body is refused",

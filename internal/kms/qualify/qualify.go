@@ -81,11 +81,13 @@ func (r *Report) Count(v Verdict, neededOnly bool) int {
 // End is one end of a QKD network: an SAE and its KMS.
 type End struct {
 	SAE     string
-	URI     string
+	URI     string // https://host or, for ETSI GS QKD 004, host:port
 	TLS     kmstls.Config
 	Timeout time.Duration // of one request; that of a rotator if zero
 	// Method by which a rotator asks by ETSI GS QKD 014: GET (default) or POST.
 	Method string
+	// Dialect of ETSI GS QKD 004: forge-ed3 or forge-ed1.
+	Dialect string
 	// Dial connects to the KMS; nil: over the network.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }

@@ -73,7 +73,7 @@ func (c capabilities) covers(id string) bool {
 
 // capabilities judges the connection of one end and "Get Capabilities".
 func (t *skipTester) capabilities(ctx context.Context, s *side) (c capabilities, on bool) {
-	r, on := t.connection(ctx, s, "3", call{path: "/capabilities"})
+	r, on := t.connection(ctx, s.SAE, "3", s.minimum, s.probe(call{path: "/capabilities"}))
 	if !on {
 		return c, false
 	}

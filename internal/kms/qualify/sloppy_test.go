@@ -254,7 +254,7 @@ func TestETSI014Mistakes(t *testing.T) {
 func (s *sloppy) serve(ctx context.Context, ln net.Listener, conf *tls.Config) error {
 	switch s.fault {
 	case "no client certificates":
-		conf.ClientAuth = tls.VerifyClientCertIfGiven
+		conf.ClientAuth, conf.VerifyConnection = tls.VerifyClientCertIfGiven, nil
 	case "old TLS":
 		conf.MinVersion = tls.VersionTLS10
 	}
@@ -283,7 +283,11 @@ func TestETSI014Certificates(t *testing.T) {
 				n := newNetwork(t)
 				n.serve(etsi014Server)
 				c := n.config()
-				tt.edit(&c, newNetwork(t).lab)
+				other, err := kmesim.NewLab(kmesim.LabOptions{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				tt.edit(&c, other)
 				r, err := ETSI014(t.Context(), c)
 				if err != nil {
 					t.Fatal(err)
@@ -296,7 +300,9 @@ func TestETSI014Certificates(t *testing.T) {
 	}
 }
 
-func TestConfigIsChecked(t *testing.T) {
+func TestConfigIsChecked(t *testing.T) { synctest.Test(t, testConfigIsChecked) }
+
+func testConfigIsChecked(t *testing.T) {
 	n := newNetwork(t)
 	for _, tt := range []struct {
 		edit func(*Config)
