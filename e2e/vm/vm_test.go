@@ -129,7 +129,7 @@ func boot(t *testing.T) {
 	}
 	pattern := "^" + t.Name()
 	if only := os.Getenv(onlyVar); only != "" {
-		pattern += "/" + only
+		pattern += "/(" + only + ")"
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()

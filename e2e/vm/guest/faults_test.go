@@ -54,9 +54,9 @@ func (f fault) run(t *testing.T, inside bool) {
 		l := newLab(t)
 		l.configure(inside, f.with)
 		l.begin(inside)
-		both := l.pingBoth()
+		l.traffic = l.pingBoth()
 		time.Sleep(10 * time.Second)
-		if r := both.so(); r.lost() > 0 {
+		if r := l.traffic.so(); r.lost() > 0 {
 			t.Errorf("before anything went wrong: %v", r)
 		}
 
@@ -64,9 +64,9 @@ func (f fault) run(t *testing.T, inside bool) {
 		end, serial := time.Now(), l.confirmedAtMost()
 		// If the ends have different keys, a session that was there at the
 		// end has died of it by then.
-		time.Sleep(bound + rejectAfter + 10*time.Second)
+		time.Sleep(max(bound, rejectAfter) + 10*time.Second)
 		l.eventually(time.Minute, "in step", l.inStep)
-		r := both.stop()
+		r := l.traffic.stop()
 		back := r.recovery(end)
 		if back > bound {
 			t.Errorf("the tunnel came back after %v", back)

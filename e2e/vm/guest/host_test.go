@@ -35,7 +35,9 @@ type lab struct {
 	t    *testing.T
 	dir  string
 	a, b *host
-	kmes *process // nil: none run
+
+	kmes    *process // nil: none run
+	traffic traffic  // while a fault is played
 }
 
 // host is a network namespace with a WireGuard interface of the kernel.
