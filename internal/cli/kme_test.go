@@ -116,11 +116,19 @@ func TestKmeTwo(t *testing.T) {
 	}
 	links := [2]string{freeAddress(t), freeAddress(t)}
 	var uris [2]string
+	var stops [2]func()
+	defer func() {
+		for _, stop := range stops {
+			if stop != nil {
+				stop()
+			}
+		}
+	}()
 	for i, name := range []string{kmesim.NameA, kmesim.NameB} {
 		letter := string(rune('a' + i))
-		found, stop := runKmes(t, io.Discard, []string{name}, "--dir", lab, "--kme", letter, "--"+letter, "127.0.0.1:0",
+		var found []string
+		found, stops[i] = runKmes(t, io.Discard, []string{name}, "--dir", lab, "--kme", letter, "--"+letter, "127.0.0.1:0",
 			"--link", links[i], "--peer", links[1-i])
-		defer stop()
 		uris[i] = found[0]
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)

@@ -69,16 +69,14 @@ type PoolState struct {
 	Made   uint64 `json:"made"`             // keys, of whatever size
 }
 
-// FaultRequest and RateRequest are the bodies of requests.
-type (
-	FaultRequest struct {
-		Fault string `json:"fault"`
-	}
-	RateRequest struct {
-		Rate float64 `json:"keys_per_second"`
-		Pool int     `json:"pool"` // as it is, if zero
-	}
-)
+type faultRequest struct {
+	Fault string `json:"fault"`
+}
+
+type rateRequest struct {
+	Rate float64 `json:"keys_per_second"`
+	Pool int     `json:"pool"` // as it is, if zero
+}
 
 // State returns the KME's state.
 func (k *KME) State() KMEState {
@@ -149,7 +147,7 @@ func (a admin) each(r *http.Request, do func(*KME)) *problem {
 }
 
 func (a admin) setFault(r *http.Request) *problem {
-	var q FaultRequest
+	var q faultRequest
 	if p := decodeAdmin(r, &q); p != nil {
 		return p
 	}
@@ -167,7 +165,7 @@ func (a admin) setFault(r *http.Request) *problem {
 }
 
 func (a admin) setRate(r *http.Request) *problem {
-	var q RateRequest
+	var q rateRequest
 	if p := decodeAdmin(r, &q); p != nil {
 		return p
 	}

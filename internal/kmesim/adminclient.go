@@ -50,13 +50,13 @@ func (a *Admin) State(ctx context.Context) (*State, error) {
 // SetFault sets what is wrong with a KME, kme-a or kme-b, or with all, in the
 // words of ParseFault.
 func (a *Admin) SetFault(ctx context.Context, kme, fault string) (*State, error) {
-	return a.do(ctx, http.MethodPut, "/v1/"+url.PathEscape(kme)+"/fault", FaultRequest{fault})
+	return a.do(ctx, http.MethodPut, "/v1/"+url.PathEscape(kme)+"/fault", faultRequest{fault})
 }
 
 // SetRate sets rate and size of the pools; see CheckRate. A pool of 0 keeps its
 // size.
 func (a *Admin) SetRate(ctx context.Context, rate float64, pool int) (*State, error) {
-	return a.do(ctx, http.MethodPut, "/v1/rate", RateRequest{rate, pool})
+	return a.do(ctx, http.MethodPut, "/v1/rate", rateRequest{rate, pool})
 }
 
 // Drain empties the pools of a KME or of all, for a master and a slave, where
