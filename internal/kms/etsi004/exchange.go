@@ -273,7 +273,7 @@ func (k *KMS) explain(ctx context.Context, err error) error {
 		}
 		return err
 	}
-	why, refused := kmshttp.Explain(err)
+	refused, why := kmshttp.Explain(err)
 	if refused {
 		return fmt.Errorf("%w: %w", kms.ErrRefused, why)
 	}

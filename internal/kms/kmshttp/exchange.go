@@ -264,7 +264,7 @@ func (c *Client) explain(ctx context.Context, e *endpoint, err error) error {
 			err = fmt.Errorf("no answer within %v", c.timeout)
 		}
 	}
-	why, refused := Explain(err)
+	refused, why := Explain(err)
 	if refused {
 		return fmt.Errorf("%w: %s: %w", kms.ErrRefused, e.name, why)
 	}
@@ -273,23 +273,23 @@ func (c *Client) explain(ctx context.Context, e *endpoint, err error) error {
 
 // Explain says in our words why a connection failed, and whether that is a
 // refusal: one end does not accept the other's certificate.
-func Explain(err error) (why error, refused bool) {
+func Explain(err error) (refused bool, why error) {
 	if cv, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
-		return fmt.Errorf("certificate: %w", cv.Err), true
+		return true, fmt.Errorf("certificate: %w", cv.Err)
 	}
 	// So crypto/tls names an alert of the other side, mostly because it does
 	// not like our certificate. TLS 1.3 servers send it after the handshake.
 	if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "remote error" {
-		return fmt.Errorf("TLS alert: %w", op.Err), true
+		return true, fmt.Errorf("TLS alert: %w", op.Err)
 	}
 	// net/http quotes what it does not understand. Where lengths are wrong, that
 	// may be a key.
 	_, malformed := errors.AsType[textproto.ProtocolError](err)
 	if malformed || strings.HasPrefix(err.Error(), "net/http: HTTP/1.x transport connection broken: ") {
-		return errors.New("answer breaks the rules of HTTP/1.1"), false
+		return false, errors.New("answer breaks the rules of HTTP/1.1")
 	}
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return errors.New("connection closed before the end of the answer"), false
+		return false, errors.New("connection closed before the end of the answer")
 	}
-	return err, false
+	return false, err
 }

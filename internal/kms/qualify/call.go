@@ -115,7 +115,7 @@ func (s *side) send(ctx context.Context, transport *http.Transport, c call) (r r
 		if r.raw == nil {
 			return
 		}
-		r.err, r.refused = kmshttp.Explain(r.raw)
+		r.refused, r.err = kmshttp.Explain(r.raw)
 		if errors.Is(context.Cause(ctx), errLate) {
 			r.err = fmt.Errorf("no answer within %v", s.Timeout)
 		}

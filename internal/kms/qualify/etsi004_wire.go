@@ -232,7 +232,7 @@ func (s *application) send(ctx context.Context, conf *tls.Config, v service, pay
 	a.took = time.Since(began)
 	if err != nil {
 		a.raw = err
-		a.err, a.refused = kmshttp.Explain(err)
+		a.refused, a.err = kmshttp.Explain(err)
 		if errors.Is(context.Cause(ctx), errLate) {
 			a.err = fmt.Errorf("no answer within %v", s.Timeout)
 		}
