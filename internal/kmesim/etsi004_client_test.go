@@ -259,13 +259,7 @@ func TestClient004Faults(t *testing.T) {
 	eachStreamNet(t, true, func(n *streamNet) {
 		lead, follow := n.client(1, 2, 0), n.client(2, 1, 1)
 		flows(n, lead, follow, 1, 5)
-		for _, tt := range []struct {
-			kme        int
-			fault      string
-			lead       error // of Key
-			follow     error // of KeyByID
-			otherBytes bool
-		}{
+		for _, tt := range []struckBy{
 			{kme: 0, fault: "out-of-keys", lead: kms.ErrNoKeys},
 			{kme: 1, fault: "late", follow: kms.ErrUnknownKey},
 			{kme: 0, fault: "out-of-step", follow: kms.ErrUnknownKey},
@@ -288,7 +282,7 @@ func TestClient004Faults(t *testing.T) {
 			{kme: 0, fault: "silent-tls", lead: errAny},
 			{kme: 0, fault: "cut", lead: errAny},
 		} {
-			n.strike(tt.kme, tt.fault, lead, follow, tt.lead, tt.follow, tt.otherBytes)
+			n.strike(lead, follow, tt)
 			flows(n, lead, follow, 2, 5)
 		}
 	})
@@ -297,31 +291,39 @@ func TestClient004Faults(t *testing.T) {
 // errAny is any error.
 var errAny = errors.New("any error")
 
-// strike fetches a key while a KME fails, and holds what comes of it against
-// what should.
-func (n *simNet) strike(kme int, fault string, lead, follow kms.Source, leadErr, followErr error, otherBytes bool) {
+// struckBy is a fault of a KME, and what its clients are to make of it.
+type struckBy struct {
+	kme        int
+	fault      string
+	lead       error // of Key
+	follow     error // of KeyByID
+	otherBytes bool
+}
+
+// strike fetches a key while a KME fails.
+func (n *simNet) strike(lead, follow kms.Source, by struckBy) {
 	n.Helper()
-	f, err := kmesim.ParseFault(fault)
+	f, err := kmesim.ParseFault(by.fault)
 	if err != nil {
 		n.Fatal(err)
 	}
-	n.kmes()[kme].SetFault(f)
-	defer n.kmes()[kme].SetFault(kmesim.Fault{})
+	n.kmes()[by.kme].SetFault(f)
+	defer n.kmes()[by.kme].SetFault(kmesim.Fault{})
 	meant := func(who string, got, want error) {
 		n.Helper()
 		if !errors.Is(got, want) && (want != errAny || got == nil) {
-			n.Errorf("%s at kme %d: %s: %v, want %v", fault, kme, who, got, want)
+			n.Errorf("%s at kme %d: %s: %v, want %v", by.fault, by.kme, who, got, want)
 		}
 	}
 	id, a, err := lead.Key(context.Background())
-	meant("lead", err, leadErr)
+	meant("lead", err, by.lead)
 	if err != nil {
 		return
 	}
 	b, err := follow.KeyByID(context.Background(), id)
-	meant("follow", err, followErr)
-	if err == nil && a.Equal(b) == otherBytes {
-		n.Errorf("%s at kme %d: the same keys is %v", fault, kme, !otherBytes)
+	meant("follow", err, by.follow)
+	if err == nil && a.Equal(b) == by.otherBytes {
+		n.Errorf("%s at kme %d: the same keys is %v", by.fault, by.kme, !by.otherBytes)
 	}
 }
 
