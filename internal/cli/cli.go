@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log"
 	"os"
 	"os/signal"
 	"strings"
@@ -53,6 +54,9 @@ func withHint(err error, hints ...string) error { return hinted{err, hints} }
 
 // Main runs the command line and returns the exit code.
 func Main() int {
+	// Nothing here uses package log, but net/http does: it would quote bytes of
+	// a KMS's answer that came too late, which may be a key.
+	log.SetOutput(io.Discard)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	// The second signal finds no handler any more and ends the process.

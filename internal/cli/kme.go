@@ -44,8 +44,8 @@ also not with --verbose.
 Each master and slave have a pool that --rate fills; without it keys never run
 out. To run the KMEs on two hosts, say at each which one it is:
 
-  keyturn kme --dir lab --kme a --a 192.0.2.1:8443 --link 192.0.2.1:8445 --peer 192.0.2.2:8445
-  keyturn kme --dir lab --kme b --b 192.0.2.2:8443 --link 192.0.2.2:8445 --peer 192.0.2.1:8445
+  keyturn kme --dir lab --kme a --a :8443 --link :8445 --peer 192.0.2.2:8445
+  keyturn kme --dir lab --kme b --b :8443 --link :8445 --peer 192.0.2.1:8445
 
 While they run, keyturn kme state, fault, rate and drain look and interfere.
 What can be wrong with a KME: keyturn kme fault --help.`,

@@ -20,6 +20,7 @@ func newKms() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:                        "kms",
 		Short:                      "Qualify a key management system",
+		Long:                       "Find out whether a key management system (KMS) does what keyturn needs of it.",
 		Args:                       cobra.ArbitraryArgs,
 		SuggestionsMinimumDistance: 2,
 		RunE:                       needCommand,

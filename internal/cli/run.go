@@ -94,7 +94,8 @@ type rotator struct {
 // runRotator runs a rotator, the only one of its interface, from the registry's
 // entry to its end. Nothing of it is left if it does not get ready.
 func (d *dirs) runRotator(ctx context.Context, path string, r rotator) (err error) {
-	signal.Ignore(syscall.SIGHUP)
+	// Rotation does not end because nobody reads the log any more.
+	signal.Ignore(syscall.SIGHUP, syscall.SIGPIPE)
 	if err := detach.Harden(); err != nil {
 		return err
 	}
