@@ -142,21 +142,44 @@ func (t *etsi004) agreed(ctx context.Context, here, there *application, why stri
 		ahead = Line{Clause: onGet, What: "an index ahead of the next"}
 		once  = Line{Clause: onGet, What: "a key is delivered once", Needed: true}
 	)
-	if !joined {
-		t.untested(why, same.at(here.peer), back.at(here.SAE), ahead.at(here.SAE), once.at(here.SAE))
-	} else {
-		got := t.pair(ctx, here, there, same, id, 0)
+	got := false
+	if joined {
+		got = t.pair(ctx, here, there, same, id, 0)
 		t.pair(ctx, there, here, back, id, 1)
 		t.pair(ctx, here, there, ahead, id, 3)
-		switch {
-		case !got:
-			t.untested(noKey, once.at(here.SAE))
-		case !t.mute(here, once):
-			a := here.get(ctx, id, 0)
-			t.no(once.after(here, a), a)
-		}
+	} else {
+		got = t.alone(ctx, here, id)
+		t.untested(why, same.at(here.peer), back.at(here.SAE), ahead.at(here.SAE))
+	}
+	if !got {
+		t.untested(noKey, once.at(here.SAE))
+	} else if !t.mute(here, once) {
+		a := here.get(ctx, id, 0)
+		t.no(once.after(here, a), a)
 	}
 	t.shut(ctx, here, there, joined, id)
+}
+
+// alone asks for the first key of a stream that the other end has not opened.
+// The KMS may refuse it.
+func (t *etsi004) alone(ctx context.Context, s *application, id ksid) bool {
+	l := Line{Clause: onGet, What: "a key of 256 bits", Needed: true}
+	if t.mute(s, l) {
+		return false
+	}
+	a := s.get(ctx, id, 0)
+	k, problem := t.key(a, id, 0)
+	switch {
+	case problem == "":
+		t.report.KeysTaken++
+		t.fresh = append(t.fresh, k)
+		t.line(l.after(s, a), Right, "")
+	case a.err == nil && !a.well():
+		t.line(l.after(s, a), NotTested, "the other end may have to open it first: %s", a.brief())
+	default:
+		t.line(l.after(s, a), Wrong, "%s", problem)
+	}
+	return problem == ""
 }
 
 // pair judges one index, asked for at one end, then at the other.
