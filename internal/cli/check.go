@@ -237,6 +237,7 @@ func describeKMS(p *config.Peer, s *kms.Status) (string, error) {
 	// Some have another form of the same ID.
 	add(s.MasterSAE != "" && s.MasterSAE != p.KMS.SAE, "knows this end as %s", s.MasterSAE)
 	add(s.SlaveSAE != "" && s.SlaveSAE != p.SAE, "the peer as %s", s.SlaveSAE)
+	add(s.PeerAbsent, "the peer's application has not connected yet")
 	add(s.MaxKeySize > 0, "keys of %d to %d bits", s.MinKeySize, s.MaxKeySize)
 	add(s.StoredKeys > 0 && s.MaxKeys == 0, "%d keys stored", s.StoredKeys)
 	add(s.MaxKeys > 0, "%d of %d keys stored", s.StoredKeys, s.MaxKeys)

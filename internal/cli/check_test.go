@@ -23,6 +23,7 @@ func TestDescribeKMS(t *testing.T) {
 	}{
 		{"everything", func(*kms.Status) {}, "https://kme-a, https://kme-b, kme-a to kme-b, keys of 64 to 1024 bits, 3 of 100 keys stored, 128 keys a request", ""},
 		{"nothing", func(s *kms.Status) { *s = kms.Status{} }, "https://kme-a, https://kme-b", ""},
+		{"no peer", func(s *kms.Status) { *s = kms.Status{PeerAbsent: true} }, "https://kme-a, https://kme-b, the peer's application has not connected yet", ""},
 		{"too small", func(s *kms.Status) { s.MaxKeySize = 128 }, "", "has keys of at most 128 bits, not 256"},
 		{"too large", func(s *kms.Status) { s.MinKeySize = 512 }, "", "has keys of at least 512 bits, not 256"},
 		{"other names", func(s *kms.Status) { *s = kms.Status{MasterSAE: "qkd://sae_001", SlaveSAE: "qkd://sae_002"} },
