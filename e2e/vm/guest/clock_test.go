@@ -31,16 +31,11 @@ func (l *lab) suspend(hours time.Duration) {
 			l.t.Fatal(err)
 		}
 	}
-	// Both hosts wake in the same millisecond, as no two machines do: their
-	// handshakes would cross, and in vain. One has nothing to say for a second.
-	quiet := l.traffic[1]
-	quiet.pause.Lock()
 	write("/sys/class/tty/ttyS0/power/wakeup", "enabled")
 	fmt.Println("guest: asleep")
 	write("/sys/power/state", "freeze")
 	fmt.Println("guest: awake")
 	moveClock(l.t, hours)
-	time.AfterFunc(time.Second, quiet.pause.Unlock)
 }
 
 // TestClock: faults that concern everything in the guest, so both hosts.
@@ -49,7 +44,9 @@ func TestClock(t *testing.T) {
 	for _, f := range []fault{
 		{name: "clock 5 h ahead", spares: true, do: func(l *lab) { moveClock(l.t, hours) }},
 		{name: "clock 5 h back", do: func(l *lab) { moveClock(l.t, -hours) }},
-		{name: "suspend, 5 h", do: func(l *lab) { l.suspend(hours) }},
+		// Both hosts wake in the same millisecond, as no two machines do: their
+		// first handshakes cross, and neither succeeds.
+		{name: "suspend, 5 h", late: nextAttempt, do: func(l *lab) { l.suspend(hours) }},
 		{name: "client stopped and cut off, 20 min", do: func(l *lab) {
 			l.a.must(l.a.rotator.Process.Signal(unix.SIGSTOP))
 			l.weather(cut, tunnelCable, besideCable)

@@ -32,7 +32,8 @@ type fault struct {
 	do func(l *lab)
 	// spares: the tunnel does not lose a packet over it.
 	spares bool
-	with   settingsOf // the hosts' configurations, besides the defaults
+	late   time.Duration // is allowed on top of the bound; why, says the fault
+	with   settingsOf    // the hosts' configurations, besides the defaults
 }
 
 // run plays a fault with the link beside the tunnel or inside it, and judges:
@@ -68,7 +69,7 @@ func (f fault) run(t *testing.T, inside bool) {
 		l.eventually(time.Minute, "in step", l.inStep)
 		r := l.traffic.stop()
 		back := r.recovery(end)
-		if back > bound {
+		if back > bound+f.late {
 			t.Errorf("the tunnel came back after %v", back)
 		}
 		if f.spares && r.lost() > 0 {
@@ -120,8 +121,8 @@ func (l *lab) storm(w weather, d time.Duration, cables ...string) {
 	l.weather(weather{}, cables...)
 }
 
-// betweenSets waits until the server has set a key that the client does not
-// know of yet, for its answer takes half a second.
+// betweenSets waits until the server has set a key, and cuts the link before
+// the client hears of it: the answer would have taken half a second.
 func (l *lab) betweenSets() {
 	l.t.Helper()
 	before := l.b.peer().PresharedKey
@@ -132,10 +133,10 @@ func (l *lab) betweenSets() {
 		}
 		return nil
 	})
-	l.b.weather(besideCable, cut)
-	l.a.weather(besideCable, cut)
+	l.weather(cut, besideCable)
+	time.Sleep(time.Second) // for the answer, if it got through
 	if l.a.peer().PresharedKey == l.b.peer().PresharedKey {
-		l.t.Error("the client was faster than the test")
+		l.t.Error("the client has set the key all the same")
 	}
 }
 

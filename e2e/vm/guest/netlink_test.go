@@ -4,6 +4,7 @@ package guest
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math"
 	"net"
@@ -151,24 +152,32 @@ type weather struct {
 // cut loses everything, without the sender's hearing of it.
 var cut = weather{loss: 1}
 
-// setWeather replaces the interface's queue by one of sch_netem.
+// setWeather replaces the interface's queue by one of sch_netem. What waits in
+// the old one is lost.
 func setWeather(name string, w weather) error {
 	i, err := net.InterfaceByName(name)
 	if err != nil {
 		return err
 	}
+	queue := struct { // struct tcmsg of linux/rtnetlink.h
+		Family               uint8
+		_                    [3]uint8
+		Index                int32
+		Handle, Parent, Info uint32
+	}{Family: unix.AF_UNSPEC, Index: int32(i.Index), Parent: schedRootQdisc}
+	m := newMessage(unix.RTM_DELQDISC, 0)
+	m.put(queue)
+	if err := m.send(); err != nil && !errors.Is(err, unix.ENOENT) {
+		return err // ENOENT: there was none yet
+	}
+
 	share := func(p float64) uint32 { return uint32(p * math.MaxUint32) }
 	gap := uint32(0)
 	if w.reordering > 0 {
 		gap = 1
 	}
-	m := newMessage(unix.RTM_NEWQDISC, unix.NLM_F_CREATE|unix.NLM_F_REPLACE)
-	m.put(struct { // struct tcmsg of linux/rtnetlink.h
-		Family               uint8
-		_                    [3]uint8
-		Index                int32
-		Handle, Parent, Info uint32
-	}{Family: unix.AF_UNSPEC, Index: int32(i.Index), Parent: schedRootQdisc})
+	m = newMessage(unix.RTM_NEWQDISC, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
+	m.put(queue)
 	m.text(unix.TCA_KIND, "netem")
 	m.nest(unix.TCA_OPTIONS, func() {
 		m.put(struct { // struct tc_netem_qopt

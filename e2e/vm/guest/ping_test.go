@@ -39,7 +39,6 @@ type pings struct {
 	conn     net.Conn
 	quit     chan struct{}
 	routines sync.WaitGroup
-	pause    sync.Mutex // nothing is sent while it is held
 
 	mu   sync.Mutex
 	sent []ping
@@ -81,8 +80,6 @@ func (s *pings) send() {
 	tick := time.NewTicker(pingInterval)
 	defer tick.Stop()
 	for n := uint64(0); ; n++ {
-		s.pause.Lock()
-		s.pause.Unlock() //nolint:staticcheck // nothing to be done but to wait
 		s.mu.Lock()
 		s.sent = append(s.sent, ping{at: time.Now()})
 		s.mu.Unlock()
