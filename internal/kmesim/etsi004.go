@@ -215,6 +215,14 @@ func (s *session) write(ctx context.Context, b []byte, t trouble) error {
 	return nil
 }
 
+// note logs and counts what a request came to.
+func (s *session) note(ctx context.Context, what string, stream ksid, status streamStatus, more ...any) {
+	if status != streamOK && status != streamPeerAbsent {
+		s.kme.counted.refused.Add(1)
+	}
+	s.kme.log.DebugContext(ctx, what, append([]any{"sae", s.sae, "stream", stream, "status", uint32(status)}, more...)...)
+}
+
 // noAnswer is the status where a stream's owner did not answer.
 func noAnswer(ctx context.Context) streamStatus {
 	if ctx.Err() != nil {
@@ -239,7 +247,7 @@ func (s *session) open(ctx context.Context, q openRequest, t trouble) openAnswer
 		}
 		return s.join(ctx, openQuestion{opening: opening{q.stream, s.sae}, Peer: peer, QoS: q.qos, Hold: s.o.Hold}, timeout, &a)
 	})
-	s.kme.log.DebugContext(ctx, "stream opened", "sae", s.sae, "stream", a.stream, "status", uint32(a.status))
+	s.note(ctx, "stream opened", a.stream, a.status)
 	return a
 }
 
@@ -323,11 +331,10 @@ func (s *session) get(ctx context.Context, q getRequest, t trouble) getAnswer {
 	a := getAnswer{index: q.index}
 	o := opening{q.stream, s.sae}
 	timeout, open := s.kme.streams.timeout(o)
-	if !open {
-		a.status = streamPeerNotYet
-		return a
-	}
 	a.status = t.within(ctx, timeout, func(ctx context.Context) (status streamStatus) {
+		if !open {
+			return streamPeerNotYet
+		}
 		c := claim{opening: o, Index: q.index, PeerFirst: s.o.PeerFirst}
 		found, err := askOwner(ctx, s.kme, q.stream, verbClaim, s.kme.streams.claim, c)
 		switch {
@@ -346,7 +353,7 @@ func (s *session) get(ctx context.Context, q getRequest, t trouble) getAnswer {
 		a.key, status = s.key(ctx, c, found)
 		return status
 	})
-	s.kme.log.DebugContext(ctx, "stream key", "sae", s.sae, "stream", q.stream, "index", q.index, "status", uint32(a.status))
+	s.note(ctx, "stream key", q.stream, a.status, "index", q.index)
 	if a.status != streamOK {
 		a.metadata = nil
 	}
@@ -412,10 +419,10 @@ func refused(ctx context.Context, p *problem) streamStatus {
 func (s *session) close(ctx context.Context, q closeRequest, t trouble) streamStatus {
 	o := opening{q.stream, s.sae}
 	timeout, open := s.kme.streams.timeout(o)
-	if !open {
-		return streamPeerAbsent
-	}
 	status := t.within(ctx, timeout, func(ctx context.Context) streamStatus {
+		if !open {
+			return streamPeerAbsent
+		}
 		a, err := askOwner(ctx, s.kme, q.stream, verbClose, s.kme.streams.close, closing{o})
 		if err != nil {
 			return noAnswer(ctx)
@@ -423,7 +430,7 @@ func (s *session) close(ctx context.Context, q closeRequest, t trouble) streamSt
 		s.kme.streams.leave(o)
 		return a.Status
 	})
-	s.kme.log.DebugContext(ctx, "stream closed", "sae", s.sae, "stream", q.stream, "status", uint32(status))
+	s.note(ctx, "stream closed", q.stream, status)
 	return status
 }
 

@@ -280,6 +280,7 @@ func TestClient004Faults(t *testing.T) {
 			{kme: 0, fault: "silent", lead: errAny},
 			{kme: 1, fault: "silent", follow: errAny},
 			{kme: 0, fault: "silent-tls", lead: errAny},
+			{kme: 0, fault: "expired", lead: errAny},
 			{kme: 0, fault: "cut", lead: errAny},
 		} {
 			n.strike(lead, follow, tt)

@@ -299,6 +299,9 @@ func TestStreamLife(t *testing.T) {
 			two.close(id, streamOK)
 			two.close(id, streamPeerAbsent)
 			two.get(id, 6, streamPeerNotYet)
+			if n := l.pair.A.counted.refused.Load() + l.pair.B.counted.refused.Load(); n != 12 {
+				t.Errorf("%d requests were refused, want 12", n)
+			}
 		})
 	}
 }
@@ -314,6 +317,7 @@ func TestStreamAgain(t *testing.T) {
 			one.open(id, 2, streamPeerAbsent)
 			two.open(id, 1, streamOK)
 			same(one, two, id, 0)
+			same(one, two, id, window) // index 0 cannot be fetched any more
 			one.close(id, streamOK)
 			if hold {
 				one.open(id, 2, streamInUse)
