@@ -91,7 +91,7 @@ func (s *session) run(ctx context.Context) {
 	for again := true; again; again = s.o.Dialect == ForgeEd1 {
 		err := s.serve(ctx)
 		switch {
-		case errors.Is(err, io.EOF), ctx.Err() != nil:
+		case errors.Is(err, errGone), ctx.Err() != nil:
 			return
 		case err != nil:
 			log.WarnContext(ctx, "stream connection closed", "sae", s.sae, "err", err)
@@ -103,8 +103,8 @@ func (s *session) run(ctx context.Context) {
 // serve reads one request and answers it.
 func (s *session) serve(ctx context.Context) error {
 	var head [headerSize]byte
-	if err := s.read(head[:], idleTime); err != nil {
-		return err
+	if s.read(head[:], idleTime) != nil {
+		return errGone
 	}
 	op, size, err := s.o.Dialect.header(head)
 	if err != nil {
@@ -142,8 +142,7 @@ func (s *session) serve(ctx context.Context) error {
 	return s.write(ctx, answer, t)
 }
 
-// read fills b within a time. Only before its first byte, the end of the
-// connection is io.EOF.
+// read fills b within a time.
 func (s *session) read(b []byte, limit time.Duration) error {
 	if err := s.conn.SetReadDeadline(time.Now().Add(limit)); err != nil {
 		return err
@@ -151,6 +150,10 @@ func (s *session) read(b []byte, limit time.Duration) error {
 	_, err := io.ReadFull(s.conn, b)
 	return err
 }
+
+// errGone ends a connection whose application has nothing more to ask: it closed
+// it, or was idle for too long.
+var errGone = errors.New("gone")
 
 // errFault ends a connection whose KME fails on demand.
 var errFault = errors.New("fault")
@@ -231,7 +234,7 @@ func noAnswer(ctx context.Context) streamStatus {
 	return streamNoLink
 }
 
-// open answers OPEN_CONNECT (ETSI GS QKD 004 V2.1.1, 6.1): where the ID is one
+// open answers OPEN_CONNECT (ETSI GS QKD 004 V2.1.1): where the ID is one
 // that both applications know it waits for the other, as long as the QoS says.
 func (s *session) open(ctx context.Context, q openRequest, t trouble) openAnswer {
 	a := openAnswer{qos: q.qos, stream: q.stream}

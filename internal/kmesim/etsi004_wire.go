@@ -62,8 +62,7 @@ const (
 	serviceClose service = 8
 )
 
-// streamStatus is the outcome of an operation (ETSI GS QKD 004 V2.1.1,
-// clause 6.2).
+// streamStatus is the outcome of an operation (ETSI GS QKD 004 V2.1.1).
 type streamStatus uint32
 
 const (
