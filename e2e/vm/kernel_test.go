@@ -74,12 +74,12 @@ func fetchKernel() (string, error) {
 	if err := command(work, "apt-get", "download", "-q", name); err != nil {
 		return "", err
 	}
-	packages, err := filepath.Glob(filepath.Join(work, "*.deb"))
-	if err != nil || len(packages) != 1 {
-		return "", fmt.Errorf("apt-get download %s left %q: %w", name, packages, err)
+	file, err := only(filepath.Join(work, "*.deb"))
+	if err != nil {
+		return "", err
 	}
 	unpacked := filepath.Join(work, "unpacked")
-	if err := command(work, "dpkg-deb", "-x", packages[0], unpacked); err != nil {
+	if err := command(work, "dpkg-deb", "-x", file, unpacked); err != nil {
 		return "", err
 	}
 	// Whole or not at all, also where two of us fetch at once.
@@ -91,13 +91,13 @@ func fetchKernel() (string, error) {
 
 // openKernel finds the image and the modules of an unpacked package.
 func openKernel(dir string) (*kernel, error) {
-	images, err := filepath.Glob(filepath.Join(dir, "boot", "vmlinuz-*"))
-	if err != nil || len(images) != 1 {
-		return nil, fmt.Errorf("%s: the kernels are %q: one is wanted: %w", dir, images, err)
+	image, err := only(filepath.Join(dir, "boot", "vmlinuz-*"))
+	if err != nil {
+		return nil, err
 	}
 	k := &kernel{
-		release: strings.TrimPrefix(filepath.Base(images[0]), "vmlinuz-"),
-		image:   images[0],
+		release: strings.TrimPrefix(filepath.Base(image), "vmlinuz-"),
+		image:   image,
 		modules: make(map[string]string),
 	}
 	for _, lib := range []string{"lib", "usr/lib"} {
@@ -115,6 +115,18 @@ func openKernel(dir string) (*kernel, error) {
 		}
 	}
 	return k, nil
+}
+
+// only returns the one file that a pattern matches.
+func only(pattern string) (string, error) {
+	files, err := filepath.Glob(pattern)
+	if err == nil && len(files) != 1 {
+		err = fmt.Errorf("%s matches %d files, and should match one", pattern, len(files))
+	}
+	if err != nil {
+		return "", err
+	}
+	return files[0], nil
 }
 
 // moduleName is the form in which modules name each other: files have either.
