@@ -245,12 +245,15 @@ func (s *KeyRotationScheduler) set(e Set) {
 	}
 	s.setAt = s.now
 	if op.kind == opBlock {
-		s.blocked, s.installed = true, nil
+		s.closed()
 		return
 	}
 	s.install(op.record)
 	s.finish(op)
 }
+
+// closed says that the random PSK is in WireGuard.
+func (s *KeyRotationScheduler) closed() { s.blocked, s.installed = true, nil }
 
 // markFailed is R1: a key that WireGuard refused is not listed for a moment,
 // so that a repair goes to one that needs no set here, if there is one.
@@ -276,7 +279,7 @@ func (s *KeyRotationScheduler) finish(op *operation) {
 	s.reportNow = true
 	switch op.kind {
 	case opCommit:
-		op.record.agreed = true // the server has set it, or it would not have answered
+		s.agree(op.record) // the server has set it, or it would not have answered
 		if op.mode != wire.ModeRepair {
 			s.setFailures, s.nextNotBefore = 0, time.Time{}
 		}
@@ -431,7 +434,7 @@ func (s *KeyRotationScheduler) commit(m *wire.Commit) {
 			return
 		}
 		if in != nil && !in.found() {
-			in.agreed = true
+			s.agree(in)
 			if in.seen && m.Confirmed >= in.serial && !in.confirmed {
 				s.confirm(in)
 			}

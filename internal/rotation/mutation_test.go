@@ -101,6 +101,21 @@ var mutations = []mutation{
 	{"the server wants to see the handshake as well", "TestAdversary|TestTrace", []edit{
 		{"commit.go", "case !s.inWindow() && !s.idle() && !opening && !s.degraded():", "case false:"},
 	}},
+	{"an older key that both have again is the base", "TestTrace", []edit{
+		{"scheduler.go", "if x.serial > r.serial && (x.agreed || x.confirmed) {", "if false {"},
+	}},
+	{"a key that was agreed on is not dropped for an older one", "TestTrace", []edit{
+		{"scheduler.go", "!r.lost && (r.session", "(r.session"},
+	}},
+	{"a key that WireGuard refused and took is ours", "TestTrace", []edit{
+		{"observe.go", "if r.doubtful && r.print == print {", "if false {"},
+	}},
+	{"a random PSK that WireGuard refused and took closes the tunnel", "TestTrace", []edit{
+		{"observe.go", "if s.block != nil && !s.blocked && s.matches(print) {", "if false {"},
+	}},
+	{"a key that is too old to be set is not listed", "TestTrace", []edit{
+		{"scheduler.go", "Held: limit(s.held())", "Held: limit(t.held())"},
+	}},
 	{"a key that could not be set is tried again", "TestAdversary", []edit{
 		{"commit.go", "\t\t\tif r.failed {\n\t\t\t\treturn nil // it is tried again; a fresh key would fare no better\n\t\t\t}\n", "\t\t\tif r.failed {\n\t\t\t\tcontinue\n\t\t\t}\n"},
 		{"commit.go", "\tif failed {\n\t\treturn nil // it is tried again\n\t}\n", "\t_ = failed\n"},

@@ -23,6 +23,7 @@ type record struct {
 	confirmed bool      // at both ends
 	failed    bool      // WireGuard refused it a moment ago: another key may do better
 	doubtful  bool      // WireGuard refused it, but it may have taken all the same
+	lost      bool      // agreed on once, and then an older one again: the other end may still count on it
 
 	saveToken uint64 // of the first Save that holds it
 	journaled bool   // it is in the journal

@@ -39,6 +39,7 @@ type story struct {
 	reports map[string]string // the last one of each end
 	failing map[string]bool   // whether handshakes by an end have been told to fail
 	playing bool              // in run
+	restore [2]func()         // to the snapshot that was taken
 }
 
 const (
@@ -187,15 +188,15 @@ func (a args) end() *rotationtest.End { return a.world.Ends[a.index()] }
 
 func (a args) say(format string, values ...any) { _, _ = fmt.Fprintf(&a.lines, format+"\n", values...) }
 
-// on reads "fails" or "works".
+// fails reads "fails" or "works"; what "lies" says that it failed, and worked.
 func (a args) fails(i int) bool {
 	switch a.word(i) {
 	case "fails":
 		return true
-	case "works":
+	case "works", "lies":
 		return false
 	}
-	a.d.Fatalf(a.t, "%s wants fails or works", a.d.Cmd)
+	a.d.Fatalf(a.t, "%s wants fails, works or lies", a.d.Cmd)
 	return false
 }
 
@@ -365,8 +366,10 @@ var commands = map[string]func(args){
 	"remove":    func(a args) { a.end().Gone = true },
 	"add":       func(a args) { a.end().Add() },
 	"jump":      func(a args) { a.end().WallOffset += duration(a.t, a.d, a.word(1)) },
-	"device":    func(a args) { a.end().DeviceBad = a.fails(1) },
-	"journal":   func(a args) { a.end().JournalBad = a.fails(1) },
+	"device":    func(a args) { a.end().DeviceBad, a.end().DeviceDoubt = a.fails(1), a.word(1) == "lies" },
+	"journal":   func(a args) { a.end().JournalBad, a.end().JournalDoubt = a.fails(1), a.word(1) == "lies" },
+	"snapshot":  func(a args) { a.restore[a.index()] = a.end().Snapshot() },
+	"restore":   func(a args) { a.restore[a.index()]() },
 	"link":      func(a args) { a.world.Link.Cut = a.fails(0) },
 	"network":   func(a args) { a.world.Link.Cut = a.fails(0); a.world.Tunnel.Cut = a.fails(0) },
 	"tunnel":    func(a args) { a.world.Tunnel.Cut = a.fails(0) },

@@ -10,37 +10,48 @@ type Fault uint8
 
 // The faults. Each lasts for the time given to Strike, the momentary ones aside.
 const (
-	CutLink       Fault = iota
-	CutTunnel           // WireGuard's packets
-	CutBoth             // the whole network
-	Lossy               // messages of the link are lost one by one, until it breaks
-	Twofold             // messages come twice
-	Overtaken           // messages are delayed and overtake each other
-	LossyTunnel         // half of WireGuard's packets are lost
-	CrashClient         // kill -9 after a number of effects, started again later
-	CrashServer         //
-	RebootClient        // WireGuard comes up with its first PSK
-	RebootServer        //
-	KMSDownClient       //
-	KMSDownServer       //
-	KMSWrong            // other bytes under the same ID
-	KMSZero             // an all-zero key
-	KMSReuse            // the same ID again
-	KMSSlow             //
-	DeviceClient        // WireGuard refuses to set
-	DeviceServer        //
-	JournalClient       // disk full
-	JournalServer       //
-	ForeignClient       // wg set
-	ForeignServer       //
-	GoneClient          // the peer is removed and comes back
-	GoneServer          //
-	ClockClient         // the wall clock jumps
-	RotateNow           // the operator
-	HandshakeA          // one by chance
-	HandshakeB          //
-	BreakLink           // the connection is reset
-	Faults              // how many there are
+	CutLink            Fault = iota
+	CutTunnel                // WireGuard's packets
+	CutBoth                  // the whole network
+	Lossy                    // messages of the link are lost one by one, until it breaks
+	Twofold                  // messages come twice
+	Overtaken                // messages are delayed and overtake each other
+	LossyTunnel              // half of WireGuard's packets are lost
+	CrashClient              // kill -9 after a number of effects, started again later
+	CrashServer              //
+	RebootClient             // WireGuard comes up with its first PSK
+	RebootServer             //
+	KMSDownClient            //
+	KMSDownServer            //
+	KMSWrong                 // other bytes under the same ID
+	KMSZero                  // an all-zero key
+	KMSReuse                 // the same ID again
+	KMSSlow                  //
+	DeviceClient             // WireGuard refuses to set
+	DeviceServer             //
+	JournalClient            // disk full
+	JournalServer            //
+	ForeignClient            // wg set
+	ForeignServer            //
+	GoneClient               // the peer is removed and comes back
+	GoneServer               //
+	ClockClient              // the wall clock jumps
+	RotateNow                // the operator
+	HandshakeA               // one by chance
+	HandshakeB               //
+	BreakLink                // the connection is reset
+	ClockServer              // the wall clock jumps
+	DoubtJournalClient       // saved, though it is said to have failed
+	DoubtJournalServer       //
+	DoubtDeviceClient        // set, though it is said to have failed
+	DoubtDeviceServer        //
+	SleepClient              // suspended
+	SleepServer              //
+	PowerClient              // a reboot of which nobody is told
+	PowerServer              //
+	SnapshotClient           // taken now, and restored at the fault's end
+	SnapshotServer           //
+	Faults                   // how many there are
 )
 
 var faultNames = [...]string{
@@ -49,7 +60,9 @@ var faultNames = [...]string{
 	"wrong key", "zero key", "key id reused", "slow kms", "client's device fails", "server's device fails",
 	"client's journal fails", "server's journal fails", "wg set at client", "wg set at server",
 	"client's peer removed", "server's peer removed", "client's clock jumps", "rotate", "handshake by client",
-	"handshake by server", "link reset",
+	"handshake by server", "link reset", "server's clock jumps",
+	"client's journal is in doubt", "server's journal is in doubt", "client's device is in doubt", "server's device is in doubt",
+	"client sleeps", "server sleeps", "client's power cut", "server's power cut", "snapshot of client", "snapshot of server",
 }
 
 func (f Fault) String() string { return faultNames[f] }
@@ -126,7 +139,7 @@ func (w *World) Strike(a Act) {
 	case KMSReuse:
 		flag(&w.KMS.Reuse)
 	case KMSSlow:
-		w.KMS.Delay = 4 * time.Second
+		w.KMS.Delay = time.Duration(1+a.Steps/2) * time.Second
 		end(func() { w.KMS.Delay = 0 })
 	case DeviceClient, DeviceServer:
 		flag(&w.Ends[a.Fault-DeviceClient].DeviceBad)
@@ -136,8 +149,26 @@ func (w *World) Strike(a Act) {
 		w.Ends[a.Fault-ForeignClient].Foreign()
 	case GoneClient, GoneServer:
 		gone(int(a.Fault - GoneClient))
-	case ClockClient:
-		w.Ends[Client].WallOffset += time.Duration(a.Steps-20) * time.Hour
+	case ClockClient, ClockServer:
+		end := Client
+		if a.Fault == ClockServer {
+			end = Server
+		}
+		w.Ends[end].WallOffset += time.Duration(a.Steps-20) * time.Hour
+	case DoubtJournalClient, DoubtJournalServer:
+		flag(&w.Ends[a.Fault-DoubtJournalClient].JournalDoubt)
+	case DoubtDeviceClient, DoubtDeviceServer:
+		flag(&w.Ends[a.Fault-DoubtDeviceClient].DeviceDoubt)
+	case SleepClient, SleepServer:
+		e := w.Ends[a.Fault-SleepClient]
+		e.Sleep()
+		end(e.wake)
+	case PowerClient, PowerServer:
+		e := w.Ends[a.Fault-PowerClient]
+		e.PowerCut()
+		end(e.Start)
+	case SnapshotClient, SnapshotServer:
+		end(w.Ends[a.Fault-SnapshotClient].Snapshot())
 	case RotateNow:
 		w.Ends[Client].Rotate()
 	case HandshakeA, HandshakeB:
@@ -159,7 +190,8 @@ func (w *World) Calm() {
 			e.Gone = false
 			e.reset()
 		}
-		e.DeviceBad, e.JournalBad, e.CrashAfter = false, false, 0
+		e.DeviceBad, e.JournalBad, e.DeviceDoubt, e.JournalDoubt, e.CrashAfter = false, false, false, false, 0
+		e.wake()
 		e.Start()
 	}
 }

@@ -17,6 +17,11 @@ type End struct {
 	up    bool
 	life  int // of the process: answers to an earlier one are lost
 
+	asleep  bool          // the machine is suspended
+	sleptAt time.Time     // since when
+	slept   time.Duration // for how long in all: Go's monotonic clock stood still, WireGuard's went on
+	stash   []func()      // what the process finds when the machine wakes up
+
 	config    rotation.Config
 	tunnel    *rotation.Tunnel
 	gen       *rotation.KeyGenerator
@@ -24,7 +29,7 @@ type End struct {
 	genTimer  time.Time
 	schdTimer time.Time
 	polls     int
-	polledAt  time.Duration // WallOffset at the last poll
+	parted    time.Duration // of wall and monotonic clock, at the last poll
 	busy      busy
 
 	journal  *rotation.Journal // on "disk"
@@ -33,11 +38,13 @@ type End struct {
 	device   device
 
 	// Faults.
-	CrashAfter int           // effects until a crash; zero: none
-	JournalBad bool          // saving fails
-	DeviceBad  bool          // setting fails
-	Gone       bool          // WireGuard does not know the peer
-	WallOffset time.Duration // of the wall clock
+	CrashAfter   int           // effects until a crash; zero: none
+	JournalBad   bool          // saving fails
+	JournalDoubt bool          // saving is reported to fail, but does not
+	DeviceBad    bool          // setting fails
+	DeviceDoubt  bool          // setting is reported to fail, but does not
+	Gone         bool          // WireGuard does not know the peer
+	WallOffset   time.Duration // of the wall clock
 
 	// For the invariants.
 	known     map[psk.Fingerprint]bool // may be set without verification: found, random
@@ -66,7 +73,7 @@ func (e *End) Start() {
 	}
 	e.config = rotation.Config{
 		Role: role, Parameters: parameters(&w.Options, e.index), KEMs: []kem.Scheme{Sham},
-		Heartbeat: 2 * time.Second, MaxKeyAge: w.MaxKeyAge, Fallback: w.Fallback,
+		Heartbeat: e.heartbeat(), MaxKeyAge: w.MaxKeyAge, Fallback: w.Fallback,
 		BlockStale: w.BlockStale, BlockStart: w.BlockStart, Random: w.random,
 	}
 	e.config.Identity = identity(e.index)
@@ -83,11 +90,11 @@ func (e *End) Start() {
 	if e.recorded != nil && (len(j.Entries) == 0 || j.Entries[0].Serial != 0) {
 		j.Entries = append(clone([]rotation.Entry{*e.recorded}), j.Entries...)
 	}
-	e.tunnel.Restore(j, w.Now, e.wall())
+	e.tunnel.Restore(j, e.now(), e.wall())
 	e.gen = rotation.NewKeyGenerator(e.tunnel)
 	e.sched = rotation.NewKeyRotationScheduler(e.tunnel)
 	w.trace("%s: starts", names[e.index])
-	e.poll()
+	e.observed(e.now(), e.wall(), e.device)
 	if e.last = e.View().Installed.Serial; w.BlockStart {
 		e.last = 0
 	}
@@ -95,11 +102,13 @@ func (e *End) Start() {
 	var again func()
 	again = func() {
 		if e.life == life && e.up {
-			e.poll()
-			w.after(time.Second, again)
+			if !e.asleep {
+				e.poll()
+			}
+			w.after(e.interval(), again)
 		}
 	}
-	w.after(time.Duration(w.rng.IntN(1000))*time.Millisecond, again)
+	w.after(time.Duration(w.rng.IntN(int(e.interval()/time.Millisecond)))*time.Millisecond, again)
 }
 
 func clone(entries []rotation.Entry) []rotation.Entry {
@@ -115,23 +124,42 @@ func (e *End) Crash() {
 	if !e.up {
 		return
 	}
+	e.halt()
+	e.world.trace("%s: crashes", names[e.index])
+	e.world.Link.drop(e.world)
+}
+
+// halt ends the process, and whatever it would have found waking up.
+func (e *End) halt() {
+	e.wake()
 	e.up = false
 	e.life++
 	e.CrashAfter = 0
-	e.world.trace("%s: crashes", names[e.index])
-	e.world.Link.drop(e.world)
+	e.stash = nil
 }
 
 // Reboot restarts the host: WireGuard comes up with its original PSK, and the
 // run directory is empty.
 func (e *End) Reboot() {
 	e.Crash()
+	e.boot()
+}
+
+// PowerCut is a reboot of which nobody tells the peer.
+func (e *End) PowerCut() {
+	if e.up {
+		e.halt()
+		e.world.Link.up[e.index] = false
+	}
+	e.boot()
+}
+
+func (e *End) boot() {
 	e.world.trace("%s: reboots", names[e.index])
 	e.reset()
 	if !e.world.Persistent {
 		e.journal = nil
-		e.Lost++
-		e.world.common = psk.Fingerprint{}
+		e.loses()
 		e.inJournal = nil
 		e.erased = map[psk.Fingerprint]bool{}
 		e.last = 0
@@ -144,11 +172,74 @@ func (e *End) Forget() {
 	e.Crash()
 	e.world.trace("%s: forgets its journal", names[e.index])
 	e.journal = nil
-	e.Lost++
+	e.loses()
 	e.inJournal = nil
 	e.erased = map[psk.Fingerprint]bool{}
 	e.last = 0
 	e.known[e.device.psk.Fingerprint()] = true
+}
+
+// loses says that what the ends had in common is gone with a journal.
+func (e *End) loses() {
+	e.Lost++
+	e.world.common, e.world.since = psk.Fingerprint{}, map[wire.Named]int{}
+}
+
+// Snapshot takes one of the host's disk and its PSK. It returns what takes the
+// host back to it, and starts the rotator on it.
+func (e *End) Snapshot() (restore func()) {
+	w := e.world
+	var journal *rotation.Journal
+	if e.journal != nil {
+		journal = &rotation.Journal{High: e.journal.High, Entries: clone(e.journal.Entries)}
+	}
+	k := e.device.psk.Clone()
+	return func() {
+		w.trace("%s: goes back to a snapshot", names[e.index])
+		if e.up {
+			e.halt()
+			w.Link.up[e.index] = false
+		}
+		e.reset()
+		e.device.psk = k
+		e.journal = journal
+		e.inJournal = nil
+		if journal != nil {
+			e.inJournal = map[psk.Fingerprint]bool{}
+			for _, x := range journal.Entries {
+				e.inJournal[x.Key.Fingerprint()] = true
+			}
+		}
+		if p := k.Fingerprint(); !e.inJournal[p] {
+			e.known[p] = true
+		}
+		e.erased = map[psk.Fingerprint]bool{}
+		e.loses()
+		e.last = 0
+		e.Start()
+	}
+}
+
+// Sleep suspends the machine until wake: its monotonic clock stands still, and
+// what WireGuard or the network bring is lost or waits.
+func (e *End) Sleep() {
+	if e.up && !e.asleep {
+		e.world.trace("%s: falls asleep", names[e.index])
+		e.asleep, e.sleptAt = true, e.world.Now
+	}
+}
+
+func (e *End) wake() {
+	if !e.asleep {
+		return
+	}
+	e.asleep = false
+	e.slept += e.world.Now.Sub(e.sleptAt)
+	e.world.trace("%s: wakes up", names[e.index])
+	for _, f := range e.stash {
+		e.world.after(0, f)
+	}
+	e.stash = nil
 }
 
 // Foreign puts another PSK into WireGuard.
@@ -156,8 +247,7 @@ func (e *End) Foreign() {
 	k, _ := psk.Random(e.world.random)
 	e.world.trace("%s: wg set", names[e.index])
 	if p := e.device.psk.Fingerprint(); e.known[p] {
-		e.world.common = psk.Fingerprint{}
-		e.Lost++ // before the first rotation the operator may do so: there is no key to return to
+		e.loses() // before the first rotation the operator may do so: there is no key to return to
 		e.known[k.Fingerprint()] = true
 	}
 	e.device.psk = k
@@ -178,29 +268,91 @@ func (e *End) Health() rotation.Health { return e.gen.Health() }
 
 func (e *End) wall() time.Time { return e.world.Now.Add(e.WallOffset) }
 
+// now is the monotonic clock of the machine.
+func (e *End) now() time.Time { return e.world.Now.Add(-e.slept) }
+
+// A hub polls seldom, for a dump takes long, and beats as seldom.
+const (
+	hubPoll      = 5 * time.Second
+	hubDump      = 500 * time.Millisecond
+	hubHeartbeat = 15 * time.Second
+)
+
+func (e *End) interval() time.Duration {
+	if e.world.Hub[e.index] {
+		return hubPoll
+	}
+	return time.Second
+}
+
+func (e *End) heartbeat() time.Duration {
+	if e.world.Hub[e.index] {
+		return hubHeartbeat
+	}
+	return 2 * time.Second
+}
+
+// poll makes a dump. That of a hub takes its time, and shows the peer as it was
+// at some moment of it.
 func (e *End) poll() {
-	d := &e.device
-	e.scheduler(rotation.Observed{
-		Began: e.world.Now, Wall: e.wall(), Present: !e.Gone, PSK: d.psk.Clone(),
-		Handshake: d.stamp, Rx: d.rx, Tx: d.tx, Jumped: e.WallOffset != e.polledAt,
+	w := e.world
+	began, wall := e.now(), e.wall()
+	if !w.Hub[e.index] {
+		e.observed(began, wall, e.device)
+		return
+	}
+	life := e.life
+	w.after(time.Duration(w.rng.Int64N(int64(hubDump))), func() {
+		d := e.device
+		d.psk = d.psk.Clone()
+		w.after(began.Add(hubDump).Sub(e.now()), func() {
+			if e.life == life {
+				e.observed(began, wall, d)
+			}
+		})
 	})
-	e.polledAt = e.WallOffset
+}
+
+// jump is from where on a difference between the clocks is noticed.
+const jump = 5 * time.Second
+
+func (e *End) observed(began, wall time.Time, d device) {
+	parted := e.WallOffset + e.slept
+	e.scheduler(rotation.Observed{
+		Began: began, Wall: wall, Present: !e.Gone, PSK: d.psk.Clone(),
+		Handshake: d.stamp, Rx: d.rx, Tx: d.tx, Jumped: (parted - e.parted).Abs() > jump,
+	})
+	e.parted = parted
 }
 
 func (e *End) generator(ev rotation.Event) {
-	if !e.up {
-		return
+	if e.steps(func() { e.generator(ev) }) {
+		e.carry(e.gen.Step(e.now(), ev), true)
 	}
-	e.stepped()
-	e.carry(e.gen.Step(e.world.Now, ev), true)
 }
 
 func (e *End) scheduler(ev rotation.Event) {
+	if e.steps(func() { e.scheduler(ev) }) {
+		e.carry(e.sched.Step(e.now(), ev), false)
+	}
+}
+
+// steps says whether a machine may step now; if not, perhaps later.
+func (e *End) steps(later func()) bool {
 	if !e.up {
-		return
+		return false
+	}
+	if e.asleep {
+		life := e.life
+		e.stash = append(e.stash, func() {
+			if e.life == life {
+				later()
+			}
+		})
+		return false
 	}
 	e.stepped()
-	e.carry(e.sched.Step(e.world.Now, ev), false)
+	return true
 }
 
 // busy counts the steps of an end within one second of virtual time.
@@ -216,6 +368,7 @@ const maxSteps = 1000
 // stepped is the invariant that no machine loops.
 func (e *End) stepped() {
 	w := e.world
+	w.Steps++
 	if w.Now.Sub(e.busy.since) >= time.Second {
 		e.busy = busy{since: w.Now}
 	}
@@ -243,7 +396,7 @@ func (e *End) carry(effects []rotation.Effect, generator bool) {
 	if generator {
 		if t, ok := e.gen.Deadline(); ok && !t.Equal(e.genTimer) {
 			e.genTimer = t
-			w.after(t.Sub(w.Now), func() {
+			w.after(t.Sub(e.now()), func() {
 				if e.life == life && e.genTimer.Equal(t) {
 					e.genTimer = time.Time{}
 					e.generator(rotation.Tick{})
@@ -253,12 +406,12 @@ func (e *End) carry(effects []rotation.Effect, generator bool) {
 		return
 	}
 	if t, ok := e.sched.Deadline(); ok && !t.Equal(e.schdTimer) {
-		if !t.After(w.Now) {
+		if !t.After(e.now()) {
 			w.fail("%s: deadline %v is not in the future", names[e.index], t)
 			return
 		}
 		e.schdTimer = t
-		w.after(t.Sub(w.Now), func() {
+		w.after(t.Sub(e.now()), func() {
 			if e.life == life && e.schdTimer.Equal(t) {
 				e.schdTimer = time.Time{}
 				e.scheduler(rotation.Tick{})
@@ -292,21 +445,27 @@ func (e *End) effect(f rotation.Effect, generator bool) {
 		w.fetch(e, f)
 	case rotation.Save:
 		var err error
-		if e.JournalBad {
+		if e.JournalBad || e.JournalDoubt {
 			err = errFault
-		} else {
+		}
+		if !e.JournalBad {
 			e.store(f.Journal)
 		}
 		later(rotation.Saved{Token: f.Token, Err: err})
 	case rotation.SetPSK:
 		var err error
-		if e.DeviceBad {
+		if e.DeviceBad || e.DeviceDoubt {
 			err = errFault
-		} else if !e.Gone {
+		}
+		if !e.DeviceBad && !e.Gone {
 			e.setPSK(f.Key)
 		}
 		later(rotation.Set{Token: f.Token, Err: err})
-		w.after(time.Millisecond, func() { e.blocked(f.Key) })
+		known := time.Millisecond
+		if e.DeviceDoubt {
+			known += e.interval() + time.Second // by a dump
+		}
+		w.after(known, func() { e.blocked(f.Key) })
 	case rotation.Probe:
 		w.trace("%s: probes the tunnel", names[e.index])
 		w.data(e, false)
@@ -314,9 +473,9 @@ func (e *End) effect(f rotation.Effect, generator bool) {
 		if e.polls++; e.polls > 1 {
 			return
 		}
-		w.after(200*time.Millisecond, func() {
+		w.after(max(200*time.Millisecond, e.interval()-time.Second), func() {
 			e.polls = 0
-			if e.life == life {
+			if e.life == life && !e.asleep {
 				e.poll()
 			}
 		})
@@ -364,7 +523,8 @@ func (e *End) noted(n rotation.Note) {
 	}
 	if n.Kind == rotation.NoteConfirmed {
 		w.confirm[n.Key] |= 1 << e.index
-		if w.confirm[n.Key] == 3 {
+		w.since[n.Key] |= 1 << e.index
+		if w.since[n.Key] == 3 {
 			w.common = n.Key.Fingerprint
 		}
 	}
@@ -444,7 +604,7 @@ func (e *End) setPSK(k *psk.Key) {
 // blocked is the invariant that a key which nobody verified goes in only to
 // close the tunnel. It holds once the machine knows that the key is set.
 func (e *End) blocked(k *psk.Key) {
-	if p := e.device.psk.Fingerprint(); k == e.device.psk && e.random[p] && e.up && e.View().State != rotation.StateBlocked {
+	if p := e.device.psk.Fingerprint(); k == e.device.psk && e.random[p] && e.up && !e.asleep && e.View().State != rotation.StateBlocked {
 		e.world.fail("%s: %v is installed, which nobody verified", names[e.index], p)
 	}
 }
@@ -484,7 +644,7 @@ func (e *End) possible() map[psk.Fingerprint]bool {
 		return nil
 	}
 	t := rotation.NewTunnel(e.config)
-	t.Restore(rotation.Journal{High: e.journal.High, Entries: clone(e.journal.Entries)}, e.world.Now, e.wall())
+	t.Restore(rotation.Journal{High: e.journal.High, Entries: clone(e.journal.Entries)}, e.now(), e.wall())
 	m := map[psk.Fingerprint]bool{}
 	for _, n := range t.Candidates() {
 		m[n.Fingerprint] = true

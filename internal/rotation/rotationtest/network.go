@@ -72,7 +72,11 @@ func (l *Link) send(w *World, from int, m wire.Message) {
 		number := l.number
 		w.after(at.Sub(w.Now), func() {
 			switch {
-			case l.number != number || !l.up[to]:
+			case l.number != number:
+			case !l.up[to]:
+				if w.Ends[to].up && w.linkWorks() {
+					w.after(l.delay, func() { l.reset(w, from, number) }) // nobody there has this connection
+				}
 			case !w.linkWorks():
 				l.holed = number
 			default:
@@ -153,11 +157,11 @@ func (w *World) linkWorks() bool {
 // dial tries every two seconds, for ever, as the client's link does; in Manual
 // only until the first connection.
 func (w *World) dial() {
-	if !w.Link.up[Client] && w.Ends[Client].up && (!w.Manual || w.Link.number == 0) {
+	if !w.Link.up[Client] && w.Ends[Client].up && !w.Ends[Client].asleep && (!w.Manual || w.Link.number == 0) {
 		if w.Inside && !w.Link.Cut {
 			w.data(w.Ends[Client], false)
 		}
-		if w.Ends[Server].up && w.linkWorks() {
+		if w.Ends[Server].up && !w.Ends[Server].asleep && w.linkWorks() {
 			w.connect()
 		}
 	}
@@ -186,6 +190,15 @@ func (w *World) connect() {
 func (e *End) both(ev rotation.Event) {
 	e.generator(ev)
 	e.scheduler(ev)
+}
+
+// reset is what an end hears that sends into a connection of which the other
+// host, switched off meanwhile, knows nothing.
+func (l *Link) reset(w *World, end, number int) {
+	if l.number == number && l.up[end] && w.linkWorks() {
+		l.up[end] = false
+		w.Ends[end].both(rotation.LinkDown{})
+	}
 }
 
 // close ends one end's side; the other hears of it if the network lets it.
@@ -281,7 +294,7 @@ func (w *World) pass() bool { return !w.Tunnel.Cut && !w.draw(w.Tunnel.Loss) }
 
 func (w *World) tunnelWorks() bool {
 	for _, e := range w.Ends {
-		if s := e.device.session; e.Gone || !s.live(w.Now) || !s.known[1-e.index] {
+		if s := e.device.session; e.Gone || e.asleep || !s.live(w.Now) || !s.known[1-e.index] {
 			return false
 		}
 	}
@@ -310,7 +323,7 @@ func (w *World) traffic() {
 // data is one packet handed to WireGuard at an end.
 func (w *World) data(e *End, ping bool) {
 	d := &e.device
-	if e.Gone {
+	if e.Gone || e.asleep {
 		return
 	}
 	n := &w.Tunnel
@@ -347,7 +360,7 @@ func (w *World) data(e *End, ping bool) {
 	life := peer.device.life
 	w.after(n.delay, func() {
 		p := &peer.device
-		if !s.live(w.Now) || !s.known[peer.index] || peer.Gone || p.life != life {
+		if !s.live(w.Now) || !s.known[peer.index] || peer.Gone || peer.asleep || p.life != life {
 			lost()
 			return
 		}
@@ -398,6 +411,10 @@ func (w *World) message1(e *End) {
 		if d.trying == 0 || d.attempts != attempt || e.Gone {
 			return
 		}
+		if e.asleep {
+			d.trying = 0 // the next packet begins anew
+			return
+		}
 		if n.established {
 			n.Failed++
 			w.trace("handshake by %s fails", names[e.index])
@@ -414,7 +431,9 @@ func (w *World) message1(e *End) {
 	peer := w.Ends[1-e.index]
 	p := &peer.device
 	mine, theirs := d.life, p.life
-	gone := func() bool { return d.life != mine || p.life != theirs || e.Gone || peer.Gone }
+	gone := func() bool {
+		return d.life != mine || p.life != theirs || e.Gone || peer.Gone || e.asleep || peer.asleep
+	}
 	w.after(n.delay, func() {
 		if gone() {
 			return

@@ -28,8 +28,9 @@ type Options struct {
 	Idle       bool // no traffic
 	Inside     bool // the link runs inside the tunnel
 	Fallback   bool
-	Persistent bool // the journal survives a reboot
-	Manual     bool // messages and KMS answers wait for Deliver and Answer
+	Persistent bool    // the journal survives a reboot
+	Hub        [2]bool // an end has thousands of peers: see hubPoll
+	Manual     bool    // messages and KMS answers wait for Deliver and Answer
 	BlockStale bool
 	BlockStart bool
 	MaxKeyAge  time.Duration // default 1 h
@@ -43,6 +44,7 @@ type World struct {
 	Options
 	Now    time.Time
 	Ends   [2]*End // client, server
+	Steps  int     // of all machines
 	Link   Link
 	KMS    KMS
 	Tunnel Network
@@ -52,7 +54,8 @@ type World struct {
 	queue   queue
 	order   uint64
 	err     error
-	confirm map[wire.Named]int
+	confirm map[wire.Named]int // by which ends
+	since   map[wire.Named]int // the same since a journal was lost
 	calms   int
 	common  psk.Fingerprint // last key confirmed by both since a journal was lost
 	apart   time.Duration   // for which the ends have differed although all is well
@@ -81,6 +84,7 @@ func New(o Options) *World {
 		rng:     rand.New(rand.NewPCG(o.Seed, 1)), //nolint:gosec // a simulation that can be repeated
 		random:  rand.NewChaCha8(seed),
 		confirm: map[wire.Named]int{},
+		since:   map[wire.Named]int{},
 	}
 	w.KMS.keys = map[string][2]*psk.Key{}
 	initial, _ := psk.Random(w.random)
@@ -203,17 +207,21 @@ const maxApart = 15 * time.Second
 // takes, as long as nothing stands in its way.
 func (w *World) checkApart() {
 	l, k := &w.Link, &w.KMS
+	bound := maxApart
+	if w.Hub != [2]bool{} {
+		bound += 3 * hubPoll
+	}
 	well := !l.Cut && l.up[Client] && l.up[Server] && l.Lose == 0 && l.Late == 0 &&
 		k.Down == [2]bool{} && !k.Wrong && !k.Zero && !k.Reuse && k.Delay == 0 && !w.Manual
 	for _, e := range w.Ends {
-		well = well && e.up && !e.JournalBad && !e.DeviceBad && !e.Gone &&
+		well = well && e.up && !e.asleep && !e.JournalBad && !e.JournalDoubt && !e.DeviceBad && !e.DeviceDoubt && !e.Gone &&
 			e.View().Foreign == 0 && e.View().State != rotation.StateBlocked
 	}
 	if !well || w.InStep() {
 		w.apart = 0
 		return
 	}
-	if w.apart += time.Second; w.apart > maxApart {
+	if w.apart += time.Second; w.apart > bound {
 		w.fail("the ends have differed for %v although messages flow", w.apart)
 	}
 }
