@@ -33,18 +33,25 @@ type side struct {
 	unheard   int // calls in a row without an answer
 }
 
-// open opens both ends; there is nil where the configuration has none. It does
-// not connect.
-func open(c Config, api string, minimum uint16) (here, there *side, err error) {
-	if here, err = openEnd(c.Here, c.Peer, api, minimum); err != nil {
-		return nil, nil, err
+// overHTTPS runs a test with both ends open; there is nil where c has none.
+func overHTTPS(ctx context.Context, c Config, api string, minimum uint16, run func(ctx context.Context, here, there *side)) error {
+	if err := c.check(); err != nil {
+		return err
 	}
+	here, err := openEnd(c.Here, c.Peer, api, minimum)
+	if err != nil {
+		return err
+	}
+	defer here.close()
+	var there *side
 	if c.There != nil {
 		if there, err = openEnd(*c.There, c.Here.SAE, api, minimum); err != nil {
-			return nil, nil, fmt.Errorf("the other end: %w", err)
+			return fmt.Errorf("the other end: %w", err)
 		}
+		defer there.close()
 	}
-	return here, there, nil
+	run(ctx, here, there)
+	return ctx.Err()
 }
 
 // openEnd reads the files that an end names.
@@ -65,11 +72,7 @@ func openEnd(e End, peer, api string, minimum uint16) (*side, error) {
 	return s, nil
 }
 
-func (s *side) close() {
-	if s != nil {
-		s.transport.CloseIdleConnections()
-	}
-}
+func (s *side) close() { s.transport.CloseIdleConnections() }
 
 // dead reports that the KMS was silent so often that asking on would only take
 // time.

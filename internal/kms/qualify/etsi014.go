@@ -32,21 +32,8 @@ const maxAsked = 1024
 
 // ETSI014 qualifies by ETSI GS QKD 014 V1.1.1.
 func ETSI014(ctx context.Context, c Config) (*Report, error) {
-	if err := c.check(); err != nil {
-		return nil, err
-	}
 	t := &etsi014{tester: tester{report: Report{Specification: "ETSI GS QKD 014 V1.1.1"}}}
-	here, there, err := open(c, "/api/v1/keys", tls.VersionTLS12)
-	if err != nil {
-		return nil, err
-	}
-	defer here.close()
-	defer there.close()
-	t.run(ctx, here, there)
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	return &t.report, nil
+	return &t.report, overHTTPS(ctx, c, "/api/v1/keys", tls.VersionTLS12, t.run)
 }
 
 type etsi014 struct {

@@ -57,7 +57,8 @@ type Line struct {
 	Detail string `json:"detail,omitempty"`
 }
 
-// Report is everything that was found out.
+// Report is everything that was found out. Beside an error it is nil or not
+// whole.
 type Report struct {
 	Specification string `json:"specification"`
 	Lines         []Line `json:"lines"`

@@ -20,21 +20,8 @@ import (
 
 // SKIP qualifies by Cisco SKIP, draft-cisco-skip-02.
 func SKIP(ctx context.Context, c Config) (*Report, error) {
-	if err := c.check(); err != nil {
-		return nil, err
-	}
-	t := &skipTester{tester: tester{report: Report{Specification: "Cisco SKIP, draft-cisco-skip-02"}}}
-	here, there, err := open(c, "", tls.VersionTLS13)
-	if err != nil {
-		return nil, err
-	}
-	defer here.close()
-	defer there.close()
-	t.run(ctx, here, there)
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	return &t.report, nil
+	t := &skipTester{tester{report: Report{Specification: "Cisco SKIP, draft-cisco-skip-02"}}}
+	return &t.report, overHTTPS(ctx, c, "", tls.VersionTLS13, t.run)
 }
 
 type skipTester struct{ tester }
