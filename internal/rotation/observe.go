@@ -198,6 +198,10 @@ func (s *KeyRotationScheduler) readBack(key *psk.Key, print psk.Fingerprint, o O
 	if s.op != nil && s.op.stage != asking || o.Began.Before(s.setAt) {
 		return
 	}
+	if s.block != nil && !s.blocked && s.matches(print) {
+		s.closed() // though WireGuard seemed to refuse
+		s.reportNow = true
+	}
 	if s.matches(print) {
 		if s.restores > 0 && s.now.Sub(s.restoredAt) > restoreReset {
 			s.restores = 0
@@ -208,19 +212,20 @@ func (s *KeyRotationScheduler) readBack(key *psk.Key, print psk.Fingerprint, o O
 	if !s.restoreAt.IsZero() {
 		return // known, and waiting
 	}
+	// A set that was reported as failed may have taken all the same.
+	for _, r := range s.tunnel.records {
+		if r.doubtful && r.print == print {
+			s.setAt = s.now
+			s.install(r)
+			s.reportNow = true
+			s.save()
+			return
+		}
+	}
 	if s.installed != nil && s.installed.found() && !s.verifiedOnce && s.block == nil {
 		s.note(NoteForeign, none, "another PSK was set before the first rotation; taking it as found")
 		s.adopt(key, print)
 		return
-	}
-	// A set that was reported as failed may have taken all the same.
-	for _, r := range s.tunnel.records {
-		if r.doubtful && r.print == print {
-			r.failed, r.doubtful = false, false
-			s.installed, s.setAt = r, s.now
-			s.reportNow = true
-			return
-		}
 	}
 	what := "another PSK (" + print.String() + ") was set"
 	if print.IsZero() {
@@ -264,14 +269,6 @@ func (s *KeyRotationScheduler) expire() {
 	c := &s.tunnel.config
 	if s.installed == nil || s.installed.found() || s.installed.since.IsZero() {
 		return
-	}
-	if !s.due(s.installed.since.Add(AgingAt(c.MaxKeyAge))) {
-		s.aging, s.stale = false, false
-		return
-	}
-	if !s.aging {
-		s.aging = true
-		s.note(NoteAging, s.installed.name(), "no fresh key for "+AgingAt(c.MaxKeyAge).String())
 	}
 	if !s.due(s.installed.since.Add(c.MaxKeyAge)) {
 		s.stale = false

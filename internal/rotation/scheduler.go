@@ -77,7 +77,7 @@ type KeyRotationScheduler struct {
 	restores      int
 	restoredAt    time.Time
 	restoreAt     time.Time
-	aging, stale  bool
+	stale         bool
 	rotations     uint64
 	lastRotation  time.Time
 	lastError     string
@@ -283,7 +283,7 @@ func (s *KeyRotationScheduler) report() {
 	s.seq++
 	m := &wire.Report{
 		Session: s.session, Seq: s.seq, Interval: t.config.Heartbeat,
-		Blocked: s.blocked, Missing: !s.ready || s.absent > 1, Idle: s.idle(), Confirmed: s.journaled, Held: limit(t.held()),
+		Blocked: s.blocked, Missing: !s.ready || s.absent > 1, Idle: s.idle(), Confirmed: s.journaled, Held: limit(s.held()),
 	}
 	if s.installed != nil {
 		m.Installed, m.Seen = s.installed.name(), s.installed.seen
@@ -292,6 +292,15 @@ func (s *KeyRotationScheduler) report() {
 	s.reportNow = false
 	s.reportAt = s.now.Add(t.config.Heartbeat)
 	s.at(s.reportAt)
+}
+
+// held names every key that this end could set now: not one that has grown too
+// old at this end, which the other cannot know.
+func (s *KeyRotationScheduler) held() []wire.Named {
+	return slices.DeleteFunc(s.tunnel.held(), func(n wire.Named) bool {
+		r := s.tunnel.record(n)
+		return r != nil && !s.usable(r)
+	})
 }
 
 func (s *KeyRotationScheduler) receive(m wire.Message) {
@@ -334,10 +343,8 @@ func (s *KeyRotationScheduler) reported(m *wire.Report) {
 	t := s.tunnel
 	s.peer, s.peerSeq = m, m.Seq
 	in := s.installed
-	if in != nil && s.op == nil && !m.Blocked && m.Installed.Fingerprint == in.print && !m.Missing && !in.agreed && !in.found() {
-		in.agreed = true
-		s.save()
-		s.prune()
+	if in != nil && s.op == nil && !m.Blocked && m.Installed.Fingerprint == in.print && !m.Missing {
+		s.agree(in)
 	}
 	// C5: confirmed when both have seen it.
 	for _, r := range t.records {
@@ -351,7 +358,7 @@ func (s *KeyRotationScheduler) reported(m *wire.Report) {
 	if s.op == nil {
 		base := t.base()
 		for _, r := range slices.Clone(t.records) {
-			if base != nil && r.serial > base.serial && r != s.installed && (r.session != s.session || t.config.Role == Server) && m.Installed != r.name() && !contains(m.Held, r.name()) {
+			if base != nil && r.serial > base.serial && r != s.installed && !r.lost && (r.session != s.session || t.config.Role == Server) && m.Installed != r.name() && !contains(m.Held, r.name()) {
 				s.note(NoteDropped, r.name(), "the peer does not hold it")
 				t.erase(r)
 				s.save()
@@ -359,6 +366,27 @@ func (s *KeyRotationScheduler) reported(m *wire.Report) {
 		}
 	}
 	s.prune()
+}
+
+// agree is C2: both ends have r installed. A newer key that they agreed on
+// before is one that the other end has lost, with its journal or by going back
+// to a snapshot: it counts as committed only, until the next key is agreed on.
+func (s *KeyRotationScheduler) agree(r *record) {
+	if r.found() {
+		return // it is a candidate as long as it can be one
+	}
+	changed := !r.agreed
+	r.agreed = true
+	for _, x := range s.tunnel.records {
+		if x.serial > r.serial && (x.agreed || x.confirmed) {
+			x.agreed, x.confirmed, x.lost = false, false, true
+			changed = true
+		}
+	}
+	if changed {
+		s.save()
+		s.prune()
+	}
 }
 
 // confirm is C5.
