@@ -514,6 +514,7 @@ var messages = map[rotation.NoteKind]string{
 	rotation.NoteForeign:      "pre-shared key changed by another program",
 	rotation.NoteMissing:      "peer is missing in WireGuard",
 	rotation.NotePresent:      "peer is back in WireGuard",
+	rotation.NoteAging:        "key will be stale",
 	rotation.NoteStale:        "key is stale",
 	rotation.NoteBlocked:      "tunnel blocked",
 	rotation.NoteFailed:       "journal or WireGuard failed",
@@ -534,6 +535,7 @@ var levels = map[rotation.NoteKind]slog.Level{
 	rotation.NoteSilent:      slog.LevelWarn,
 	rotation.NoteRefused:     slog.LevelError,
 	rotation.NoteMissing:     slog.LevelError,
+	rotation.NoteAging:       slog.LevelWarn,
 	rotation.NoteStale:       slog.LevelError,
 	rotation.NoteBlocked:     slog.LevelError,
 }

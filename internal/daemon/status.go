@@ -145,6 +145,7 @@ func (p *peer) warnings(now time.Time, s *control.PeerStatus, v rotation.View, h
 	warn(!v.Found && v.Sources != 0 && v.Sources != p.allSources(), control.SourcesReduced, "")
 	warn(s.Buffer.Len == 0 && s.State == control.PeerProtected && health.LastError != "", control.BufferEmpty, health.LastError)
 	warn(s.State == control.PeerRepairing, control.KeysDiffer, "")
+	warn(p.aging(now, s, &v), control.KeyAging, p.aged(now, &v))
 	warn(s.State == control.PeerStale, control.KeyStale, health.LastError)
 	warn(s.State == control.PeerBlocked, control.TunnelBlocked, health.LastError)
 	warn(v.Found && v.Confirmed.Serial != 0, control.FallbackUsed, "")
@@ -158,6 +159,23 @@ func (p *peer) warnings(now time.Time, s *control.PeerStatus, v rotation.View, h
 	warn(p.config.Recovery == config.RecoveryManual, control.ManualRecovery, "")
 	warn(!p.jumpedAt.IsZero() && now.Sub(p.jumpedAt) < recently && s.HandshakeAge == nil, control.TimeJumped, "")
 	return warnings
+}
+
+// aging reports whether the installed key will be stale soon, and is not yet.
+func (p *peer) aging(now time.Time, s *control.PeerStatus, v *rotation.View) bool {
+	if v.Found || v.Since.IsZero() || s.State == control.PeerStale || s.State == control.PeerBlocked {
+		return false
+	}
+	return now.Sub(v.Since) >= rotation.AgingAt(p.config.MaxKeyAge)
+}
+
+// aged says what becomes of a tunnel whose key becomes stale, and when.
+func (p *peer) aged(now time.Time, v *rotation.View) string {
+	left := max(0, p.config.MaxKeyAge-now.Sub(v.Since)).Round(time.Second)
+	if p.config.OnStale == config.StaleBlock {
+		return fmt.Sprintf("the tunnel will be blocked in %v", left)
+	}
+	return fmt.Sprintf("it will be stale in %v", left)
 }
 
 func (p *peer) allSources() wire.Sources {

@@ -158,6 +158,7 @@ const (
 	NoteForeign                          // somebody else changed the PSK
 	NoteMissing                          // WireGuard does not know the peer
 	NotePresent                          // it does again
+	NoteAging                            // no fresh key for three quarters of max_key_age
 	NoteStale                            // no fresh key for max_key_age
 	NoteBlocked                          // a random PSK closes the tunnel
 	NoteFailed                           // the journal or WireGuard failed
@@ -169,7 +170,7 @@ var noteNames = map[NoteKind]string{
 	NoteBootstrapped: "bootstrapped", NoteRefused: "refused", NoteEstablished: "established",
 	NoteAbandoned: "abandoned", NoteReduced: "reduced", NoteInstalled: "installed", NoteConfirmed: "confirmed",
 	NoteDropped: "dropped", NoteRepairing: "repairing", NoteHunting: "hunting", NoteHuntEnded: "hunt ended",
-	NoteForeign: "foreign change", NoteMissing: "missing", NotePresent: "present", NoteStale: "stale",
+	NoteForeign: "foreign change", NoteMissing: "missing", NotePresent: "present", NoteAging: "aging", NoteStale: "stale",
 	NoteBlocked: "blocked", NoteFailed: "failed", NoteSilent: "silent", NoteGoodbye: "goodbye",
 }
 

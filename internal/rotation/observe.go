@@ -270,8 +270,16 @@ func (s *KeyRotationScheduler) expire() {
 	if s.installed == nil || s.installed.found() || s.installed.since.IsZero() {
 		return
 	}
+	if !s.due(s.installed.since.Add(AgingAt(c.MaxKeyAge))) {
+		s.aging, s.stale = false, false
+		return
+	}
 	if !s.due(s.installed.since.Add(c.MaxKeyAge)) {
 		s.stale = false
+		if !s.aging {
+			s.aging = true
+			s.note(NoteAging, s.installed.name(), "no fresh key for "+AgingAt(c.MaxKeyAge).String())
+		}
 		return
 	}
 	if !s.stale {

@@ -94,6 +94,10 @@ const (
 	remembered   = 64 // keys and key IDs, each, that must not come back
 )
 
+// AgingAt is the age from which on a key is said to become stale (F3): half of
+// its life after an idle tunnel should have had the next one.
+func AgingAt(maxKeyAge time.Duration) time.Duration { return maxKeyAge / 4 * 3 }
+
 // Config is what the machines of one peer are told at their start.
 type Config struct {
 	Role       Role

@@ -77,7 +77,7 @@ type KeyRotationScheduler struct {
 	restores      int
 	restoredAt    time.Time
 	restoreAt     time.Time
-	stale         bool
+	aging, stale  bool
 	rotations     uint64
 	lastRotation  time.Time
 	lastError     string
