@@ -52,8 +52,9 @@ faults: ## every fault with the real binary in namespaces, link beside and insid
 vm: ## the real binary on the kernel's WireGuard, in virtual machines (needs Debian with qemu-system-x86)
 	$(GO) test -tags vm -count 1 -timeout 60m -v ./e2e/vm/
 
-soak: ## run the adversary for long: KEYTURN_SOAK checks of each property (20000); a failing run prints its seed
-	KEYTURN_SOAK=$${KEYTURN_SOAK:-20000} $(GO) test -count 1 -timeout 0 -v -run 'TestAdversary|TestNoLoss' ./internal/rotation/
+soak: ## run the adversary for long: KEYTURN_SOAK checks of each property (5000), and virtual weeks with and without faults; a failing run prints its seed
+	KEYTURN_SOAK=$${KEYTURN_SOAK:-5000} $(GO) test -count 1 -timeout 0 -v -run 'TestAdversary|TestNoLoss' ./internal/rotation/
+	KEYTURN_SOAK=1 $(GO) test -count 1 -timeout 0 -v -run 'TestWeek' ./internal/daemon/
 
 mutation: ## take the rules of the protocol out one by one: a test must go red each time
 	$(GO) test -tags mutation -count 1 ./internal/rotation/...

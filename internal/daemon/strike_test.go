@@ -60,7 +60,7 @@ func TestWeekOfFaults(t *testing.T) {
 	case os.Getenv("KEYTURN_SOAK") != "":
 		span, seed = 7*24*time.Hour, mathrand.Uint64()
 	case testing.Short():
-		span = time.Hour
+		span = 30 * time.Minute
 	}
 	if text := os.Getenv("KEYTURN_SEED"); text != "" {
 		n, err := strconv.ParseUint(text, 10, 64)
@@ -128,7 +128,7 @@ func newWeek(t *testing.T, v variant, seed uint64, dir string) *week {
 		variant: v, rng: mathrand.New(mathrand.NewPCG(seed, 0)), seed: seed, dir: dir, log: &tail{}, began: time.Now(),
 		took: map[string][]time.Duration{}, dropped: map[string]int{},
 	}
-	w.hosts = newHosts(t, mathrand.New(mathrand.NewPCG(seed, 1)), v.inside)
+	w.hosts = newHosts(t, seed, v.inside)
 	for end := range w.hosts.ends {
 		for _, d := range []string{w.runDir(end), w.stateDir(end)} {
 			if err := os.MkdirAll(d, 0o700); err != nil {

@@ -22,7 +22,8 @@ func TestWeek(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		began := time.Now()
-		s, stop := start(t, options{})
+		log := &tail{}
+		s, stop := start(t, options{log: log})
 		time.Sleep(10 * time.Second)
 		if s.count(0, rotation.NoteInstalled) == 0 {
 			t.Error("no rotation within 10 s of the start")
@@ -35,6 +36,9 @@ func TestWeek(t *testing.T) {
 			traffic.Sent, traffic.Lost, s.count(0, rotation.NoteInstalled), s.count(0, rotation.NoteConfirmed), s.count(1, rotation.NoteConfirmed), failed)
 		if traffic.Lost != 0 || failed != 0 || !inStep {
 			t.Errorf("lost %d of %d pings, %d failed handshakes, in step %v", traffic.Lost, traffic.Sent, failed, inStep)
+		}
+		if t.Failed() {
+			t.Log(log.text())
 		}
 		if n := s.count(1, rotation.NoteConfirmed); n < int(span/(2*time.Minute+3*time.Second)) {
 			t.Errorf("%d keys confirmed in %v, want one for each handshake", n, span)
