@@ -355,6 +355,7 @@ func TestOutOfStep(t *testing.T) {
 func FuzzDecodeBatch(f *testing.F) {
 	f.Add((&batch{"sae_001", []string{"sae_002", "sae_003"}, []key{{"id", []byte("key")}, {"other", nil}}}).encode())
 	f.Add(batchOf([]string{"a"}).encode())
+	f.Add(append(batchOf([]string{"a"}).encode(), 0))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, body []byte) {
 		b, err := decodeBatch(body)

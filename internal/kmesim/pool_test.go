@@ -42,6 +42,11 @@ func TestPool(t *testing.T) {
 					stored(p.A, "sae_001", "sae_002"), step.code, step.stored)
 			}
 		}
+		// Keys that the other KME could not be told of are not used up.
+		p.A.SetFault(Fault{Kind: Cut, Times: 1})
+		if code := ask("number=2"); code != 503 || stored(p.A, "sae_001", "sae_002") != 7 {
+			t.Errorf("%d with the link cut, and %d are left", code, stored(p.A, "sae_001", "sae_002"))
+		}
 		// Pairs do not share: not the reverse one, not at the other KME.
 		if a, b := stored(p.A, "sae_002", "sae_001"), stored(p.B, "sae_001", "sae_002"); a != 8 || b != 8 {
 			t.Errorf("others have %d and %d", a, b)
@@ -71,6 +76,13 @@ func TestPoolAddsUp(t *testing.T) {
 		}
 		if got, _ := p.stored("a", "b"); got != 231 {
 			t.Errorf("%d keys after 70 s at 3.3 a second", got)
+		}
+		// A float64 says 58879.99999999999 bits.
+		p.set(2.3, MaxPool)
+		p.drain("a", "b")
+		time.Sleep(100 * time.Second)
+		if got, _ := p.stored("a", "b"); got != 230 {
+			t.Errorf("%d keys after 100 s at 2.3 a second", got)
 		}
 	})
 }

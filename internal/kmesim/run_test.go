@@ -187,6 +187,26 @@ func TestFaults(t *testing.T) {
 	}
 }
 
+// TestKeptConnections: a fault of TLS ends the connections that it finds, so that
+// it is met at the latest by the second request.
+func TestKeptConnections(t *testing.T) {
+	lab, pair := newLab(t), kmesim.New(kmesim.Options{})
+	uriA, _ := start(t, kmesim.Config{Lab: lab, Pair: pair})
+	for _, kind := range []kmesim.FaultKind{kmesim.Expired, kmesim.SilentTLS, kmesim.Down} {
+		s := sourceWithin(t, time.Second, lab, uriA, 1, 2)
+		pair.A.SetFault(kmesim.Fault{})
+		if _, err := s.Status(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		pair.A.SetFault(kmesim.Fault{Kind: kind})
+		for i := range 2 {
+			if _, err := s.Status(t.Context()); err == nil {
+				t.Errorf("%v: request %d was answered", kind, i+1)
+			}
+		}
+	}
+}
+
 // TestStrangers: a certificate of another laboratory gets no answer, and an SAE
 // no key of others.
 func TestStrangers(t *testing.T) {
