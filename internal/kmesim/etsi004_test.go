@@ -378,6 +378,8 @@ func TestStreamForeigners(t *testing.T) {
 		one, two, three := l.app(1, NameA), l.app(2, NameB), l.app(3, NameB)
 		id := ksid{1}
 		one.open(id, 2, streamPeerAbsent)
+		two.open(id, 3, streamInUse) // with another peer
+		two.get(id, 0, streamPeerNotYet)
 		two.open(id, 1, streamOK)
 		three.get(id, 0, streamPeerNotYet)
 		three.close(id, streamPeerAbsent)
@@ -387,7 +389,6 @@ func TestStreamForeigners(t *testing.T) {
 		if got := three.openWith(qos{Chunk: 16}, id, 1); got.status != streamInUse {
 			t.Errorf("status %d", got.status)
 		}
-		one.open(id, 3, streamInUse) // with another peer
 		for _, names := range [][2]string{
 			{l.name(1), l.name(2)},          // another's name
 			{l.name(3), l.name(3)},          // itself
@@ -800,6 +801,61 @@ func TestStreamSessions(t *testing.T) {
 		}
 		one.open(ksid{}, 2, streamPeerAbsent)
 	})
+}
+
+// TestStreamOwner: where an ID is known to both KMEs before the first opens it,
+// one of them is bound to own it, for both may be asked at once.
+func TestStreamOwner(t *testing.T) {
+	eachDialect(t, func(t *testing.T, d Dialect) {
+		l := streamLab(t, StreamOptions{Dialect: d}, New(Options{}))
+		for i, kme := range []string{NameA, NameB} {
+			chosen := l.app(1, kme).open(ksid{byte(i + 1)}, 2, streamPeerAbsent)
+			if a, b := l.pair.A.streams.owns(chosen), l.pair.B.streams.owns(chosen); !a || b {
+				t.Errorf("chosen ID opened at %s: owned by kme-a is %v, by kme-b %v", kme, a, b)
+			}
+			fresh := l.app(1, kme).open(ksid{}, 2, streamPeerAbsent)
+			if a, b := l.pair.A.streams.owns(fresh), l.pair.B.streams.owns(fresh); a != (kme == NameA) || b != (kme == NameB) {
+				t.Errorf("ID allocated at %s: owned by kme-a is %v, by kme-b %v", kme, a, b)
+			}
+		}
+	})
+}
+
+// TestStreamOpenTwice: an application that has its stream open at both KMEs and
+// closes it at one has closed it.
+func TestStreamOpenTwice(t *testing.T) {
+	eachDialect(t, func(t *testing.T, d Dialect) {
+		l := streamLab(t, StreamOptions{Dialect: d}, New(Options{}))
+		here, there := l.app(1, NameA), l.app(1, NameB)
+		id := ksid{1}
+		here.open(id, 2, streamPeerAbsent)
+		there.open(id, 2, streamInUse)
+		here.get(id, 0, streamOK)
+		there.get(id, 0, streamNoKeys)
+		there.get(id, 1, streamOK)
+		l.app(2, NameA).open(id, 1, streamOK)
+		here.close(id, streamOK)
+		there.get(id, 2, streamPeerNotYet)
+		there.close(id, streamPeerAbsent)
+	})
+}
+
+// TestClaimTwice: of two keys that were made for an index the first counts, and
+// who made the second hears of it.
+func TestClaimTwice(t *testing.T) {
+	s := newStreams(1)
+	one, two := opening{ksid{1}, "a"}, opening{ksid{1}, "b"}
+	s.open(openQuestion{opening: one, Peer: "b", Create: true})
+	s.open(openQuestion{opening: two, Peer: "a"})
+	if c := s.claim(claim{opening: one, ID: "first"}); c.Status != streamOK || c.Chunk.ID != "first" {
+		t.Errorf("status %d, key %q", c.Status, c.Chunk.ID)
+	}
+	if c := s.claim(claim{opening: two, ID: "second"}); c.Status != streamOK || c.Chunk.ID != "first" || c.Chunk.Maker != "a" {
+		t.Errorf("status %d, key %q of %q", c.Status, c.Chunk.ID, c.Chunk.Maker)
+	}
+	if c := s.claim(claim{opening: one, ID: "third"}); c.Status != streamNoKeys {
+		t.Errorf("status %d", c.Status)
+	}
 }
 
 // TestStreamRace: whoever asks first, at whichever KME, both ends get the same
