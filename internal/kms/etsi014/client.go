@@ -32,7 +32,7 @@ func newClient(k *KMS, peer string) *Client {
 	return c
 }
 
-// Key implements kms.Source by "Get key" (ETSI GS QKD 014 V1.1.1, 5.2). Calls
+// Key implements kms.Source by "Get key" (ETSI GS QKD 014 V1.1.1, 5.3). Calls
 // at the same time share a request where the KME allows it. One lasts at most
 // one timeout for each URI, and another to wait for its turn; twice that where
 // it first waits for the request of others, or is refused a share in it.
@@ -88,7 +88,7 @@ func first(n int, keys []namedKey) []namedKey {
 }
 
 // KeyByID implements kms.Source by "Get key with key IDs" (ETSI GS QKD 014
-// V1.1.1, 5.3). Our KME may hear of a key later than the peer asks us for it:
+// V1.1.1, 5.4). Our KME may hear of a key later than the peer asks us for it:
 // while it says that it has no such key it is asked again, for up to half of
 // the timeout, so that the last request has the other half to be answered.
 // After anything but a plain "no", the key counts as gone.
@@ -138,7 +138,7 @@ func (c *Client) request(verb string, means func(status int) error) *kmshttp.Req
 	return &kmshttp.Request{Path: []string{"api", "v1", "keys", c.peer, verb}, Means: means, Text: errorText}
 }
 
-// Status implements kms.Source by "Get status" (ETSI GS QKD 014 V1.1.1, 5.1).
+// Status implements kms.Source by "Get status" (ETSI GS QKD 014 V1.1.1, 5.2).
 func (c *Client) Status(ctx context.Context) (kms.Status, error) {
 	a, err := c.kms.http.Do(ctx, c.request("status", statusStatus))
 	if err != nil {
