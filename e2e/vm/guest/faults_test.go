@@ -96,13 +96,18 @@ func each(f fault, do func(l *lab, hosts []*host)) []fault {
 }
 
 // whileDown takes something of the hosts away and brings it back after a while.
+// Two hosts come back a second apart: in the same millisecond, which does not
+// happen to machines, their handshakes would cross, and neither succeed.
 func whileDown(d time.Duration, down, up func(h *host)) func(l *lab, hosts []*host) {
 	return func(_ *lab, hosts []*host) {
 		for _, h := range hosts {
 			down(h)
 		}
 		time.Sleep(d)
-		for _, h := range hosts {
+		for i, h := range hosts {
+			if i > 0 {
+				time.Sleep(time.Second)
+			}
 			up(h)
 		}
 	}
