@@ -319,6 +319,7 @@ func TestCut(t *testing.T) {
 			t.Errorf("%d, then %v", code, far.kmes[1].Fault())
 		}
 		time.Sleep(helloInterval)
+		synctest.Wait()
 		for _, kmes := range [][2]*KME{{pair.A, pair.B}, far.kmes} {
 			for _, k := range kmes {
 				k.SetFault(Fault{Kind: Cut})
