@@ -625,6 +625,9 @@ func TestStreamRestart(t *testing.T) {
 			if name == NameA { // the owner
 				one.get(id, 1, streamPeerNotYet)
 				two.get(id, 1, streamPeerNotYet)
+				if n := len(p.B.streams.opened); n != 0 {
+					t.Errorf("kme-b remembers %d openings of a stream that is gone", n)
+				}
 				one.open(id, 2, streamPeerAbsent)
 				two.open(id, 1, streamOK)
 				same(one, two, id, 0)
@@ -856,6 +859,38 @@ func TestClaimTwice(t *testing.T) {
 	if c := s.claim(claim{opening: one, ID: "third"}); c.Status != streamNoKeys {
 		t.Errorf("status %d", c.Status)
 	}
+}
+
+// slowPeer takes its time to hear of keys.
+type slowPeer struct{ peer }
+
+func (s slowPeer) call(ctx context.Context, verb string, body []byte) ([]byte, error) {
+	if verb == verbKeys {
+		time.Sleep(time.Second)
+	}
+	return s.peer.call(ctx, verb, body)
+}
+
+// TestStreamTie: both KMEs make a key for one index at the same time. One of the
+// two keys counts, at both ends.
+func TestStreamTie(t *testing.T) {
+	eachDialect(t, func(t *testing.T, d Dialect) {
+		p := New(Options{})
+		p.A.peer, p.B.peer = slowPeer{p.A.peer}, slowPeer{p.B.peer}
+		l := streamLab(t, StreamOptions{Dialect: d}, p)
+		one, two := l.app(1, NameA), l.app(2, NameB)
+		id := ksid{1}
+		one.open(id, 2, streamPeerAbsent)
+		two.open(id, 1, streamOK)
+		other := make(chan []byte)
+		go func() { other <- two.get(id, 0, streamOK) }()
+		if !bytes.Equal(one.get(id, 0, streamOK), <-other) {
+			t.Error("the ends got different keys")
+		}
+		if made, left := p.A.counted.made.Load()+p.B.counted.made.Load(), p.A.store.waiting()+p.B.store.waiting(); made != 2 || left != 0 {
+			t.Errorf("%d keys were made, %d are left", made, left)
+		}
+	})
 }
 
 // TestStreamRace: whoever asks first, at whichever KME, both ends get the same
