@@ -51,8 +51,8 @@ const (
 	latest  = 500 * time.Millisecond // of a datagram that is overtaken
 )
 
-func newMedium(seed, number uint64) *medium {
-	return &medium{rng: mathrand.New(mathrand.NewPCG(seed, number)), queue: [2]chan parcel{make(chan parcel, 4096), make(chan parcel, 4096)}}
+func newMedium(seed, stream uint64) *medium {
+	return &medium{rng: mathrand.New(mathrand.NewPCG(seed, stream)), queue: [2]chan parcel{make(chan parcel, 4096), make(chan parcel, 4096)}}
 }
 
 // run keeps the order of each direction.
@@ -141,9 +141,9 @@ func keep(things ...any) {
 	everMade.things = append(everMade.things, things...)
 }
 
-func newHosts(t *testing.T, seed uint64, inside bool) *hosts {
+func newHosts(t *testing.T, seed [2]uint64, inside bool) *hosts {
 	t.Helper()
-	w := &hosts{tunnel: newMedium(seed, 1), link: newMedium(seed, 2)}
+	w := &hosts{tunnel: newMedium(seed[0], seed[1]+1), link: newMedium(seed[0], seed[1]+2)}
 	original, err := psk.Random(rand.Reader)
 	if err != nil {
 		t.Fatal(err)

@@ -39,6 +39,7 @@ type variant struct {
 	fallback   bool
 	persistent bool
 	bound      time.Duration // of recovery, from the end of the last fault
+	stream     uint64        // of the seed: each has faults of its own
 }
 
 // TestWeekOfFaults lets faults drawn from a seed strike two rotators, their
@@ -76,16 +77,16 @@ func TestWeekOfFaults(t *testing.T) {
 		}
 		span = d
 	}
-	for i, v := range []variant{
-		{name: "beside", bound: 10 * time.Second},
-		{name: "inside with fallback", inside: true, fallback: true, bound: 180 * time.Second},
-		{name: "inside with journal", inside: true, persistent: true, bound: 180 * time.Second},
+	for _, v := range []variant{
+		{name: "beside", bound: 10 * time.Second, stream: 0},
+		{name: "inside with fallback", inside: true, fallback: true, bound: 180 * time.Second, stream: 8},
+		{name: "inside with journal", inside: true, persistent: true, bound: 180 * time.Second, stream: 16},
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
 			synctest.Test(t, func(t *testing.T) {
-				w := newWeek(t, v, seed+uint64(i)<<32, dir)
+				w := newWeek(t, v, seed, dir)
 				why := w.run(span)
 				w.stop()
 				w.summary()
@@ -125,10 +126,10 @@ func newWeek(t *testing.T, v variant, seed uint64, dir string) *week {
 	t.Helper()
 	time.Sleep(time.Nanosecond) // see start
 	w := &week{
-		variant: v, rng: mathrand.New(mathrand.NewPCG(seed, 0)), seed: seed, dir: dir, log: &tail{}, began: time.Now(),
+		variant: v, rng: mathrand.New(mathrand.NewPCG(seed, v.stream)), seed: seed, dir: dir, log: &tail{}, began: time.Now(),
 		took: map[string][]time.Duration{}, dropped: map[string]int{},
 	}
-	w.hosts = newHosts(t, seed, v.inside)
+	w.hosts = newHosts(t, [2]uint64{seed, v.stream}, v.inside)
 	for end := range w.hosts.ends {
 		for _, d := range []string{w.runDir(end), w.stateDir(end)} {
 			if err := os.MkdirAll(d, 0o700); err != nil {
