@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -44,6 +45,13 @@ var mutations = []mutation{
 	}},
 	{"commits of another session are dropped", "TestOtherSession", []edit{
 		{"scheduler.go", "if m.Session == s.tunnel.session && s.tunnel.config.Role == Server {", "if s.tunnel.config.Role == Server {"},
+	}},
+	{"messages of another session are dropped", "TestOtherSession", []edit{
+		{"scheduler.go", "if m.Session == s.tunnel.session && s.tunnel.config.Role == Server {", "if s.tunnel.config.Role == Server {"},
+		{"scheduler.go", "\tcase *wire.Committed:\n\t\tif m.Session == s.session {", "\tcase *wire.Committed:\n\t\tif true {"},
+		{"scheduler.go", "\tcase *wire.Refused:\n\t\tif m.Session == s.session {", "\tcase *wire.Refused:\n\t\tif true {"},
+		{"scheduler.go", "\t\tif m.Session != s.session {\n\t\t\ts.early = m\n\t\t\tbreak\n\t\t}\n", ""},
+		{"generator.go", "if s != g.tunnel.session || s == (wire.SessionID{}) {", "if false {"},
 	}},
 	{"rounds of another session are dropped", "TestAdversary|TestTrace", []edit{
 		{"generator.go", "if s != g.tunnel.session || s == (wire.SessionID{}) {", "if s == (wire.SessionID{}) {"},
@@ -122,6 +130,21 @@ var mutations = []mutation{
 	}},
 }
 
+// exploration is the test that explores the model (docs/MODEL.md).
+const exploration = "TestExplore"
+
+// explored are the rules without which the exploration must fail as well, with
+// a schedule.
+var explored = []string{
+	"unequal dwell",
+	"at most three hunt candidates",
+	"the client sets after the server's answer",
+	"the key before is erased only after the confirmation",
+	"commit waits for the confirmation of the one before",
+	"the client alone pulls",
+	"messages of another session are dropped",
+}
+
 // mutantTime bounds one run; a mutant that takes longer is a failure of this test.
 const mutantTime = 3 * time.Minute
 
@@ -129,7 +152,15 @@ const mutantTime = 3 * time.Minute
 func TestMutations(t *testing.T) {
 	only := os.Getenv("KEYTURN_MUTATION")
 	slots := make(chan struct{}, 2)
-	for _, m := range mutations {
+	all := slices.Clone(mutations)
+	for _, rule := range explored {
+		i := slices.IndexFunc(mutations, func(m mutation) bool { return m.rule == rule })
+		if i < 0 {
+			t.Fatalf("there is no rule %q", rule)
+		}
+		all = append(all, mutation{"explored: " + rule, exploration, mutations[i].edits})
+	}
+	for _, m := range all {
 		if !strings.Contains(m.rule, only) {
 			continue
 		}
@@ -159,6 +190,9 @@ func (m *mutation) check(t *testing.T) {
 	default:
 		why, _, _ := strings.Cut(regexp.MustCompile(`\[rapid\] failed.*|\w+_test\.go:\d+: .*`).FindString(string(out)), "\n")
 		t.Logf("%s goes red: %s", red[1], why)
+	}
+	if m.run == exploration {
+		t.Logf("%s", out) // the schedule
 	}
 }
 
