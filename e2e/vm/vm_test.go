@@ -51,7 +51,9 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	// A stage of CI that took too long leaves nothing behind.
+	// A stage of CI that took too long leaves nothing behind. It ends whoever
+	// reads what we print as well.
+	signal.Ignore(unix.SIGPIPE)
 	interrupted := make(chan os.Signal, 1)
 	signal.Notify(interrupted, os.Interrupt, unix.SIGTERM)
 	go func() {
