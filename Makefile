@@ -10,7 +10,7 @@ LINT := bin/golangci-lint
 # Every build of the binary is the same on every machine: no C, no paths.
 BUILD := CGO_ENABLED=0 $(GO) build -trimpath
 
-.PHONY: build test race lint fmt fuzz bench e2e faults soak mutation clean help
+.PHONY: build test race lint fmt fuzz bench e2e faults soak mutation explore clean help
 
 build: ## build bin/keyturn
 	$(BUILD) -o bin/keyturn ./cmd/keyturn
@@ -58,6 +58,9 @@ soak: ## run the adversary for long: KEYTURN_SOAK checks of each property (5000)
 
 mutation: ## take the rules of the protocol out one by one: a test must go red each time
 	$(GO) test -tags mutation -count 1 ./internal/rotation/...
+
+explore: ## explore the model of the swap in full (docs/MODEL.md): some minutes
+	KEYTURN_EXPLORE=full $(GO) test -count 1 -timeout 2h -v -run 'TestExplore$$' ./internal/rotation/
 
 clean: ## remove what was built
 	rm -rf bin dist
