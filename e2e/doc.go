@@ -42,8 +42,16 @@
 // A rotation is a.handshake(b) and eventuallyRotated(t, a, b, last); agree reads
 // the key that both ends have. Rotators that ask a KMS have l.kmes(a, b).
 //
-// Tests that break things find host.crash, reboot, unplug, plug, kill9,
-// destroyDevice, dial and listen; a KME is a host with background("kme", ...).
+// Tests that break things find host.crash, reboot, unplug, plug, filter (what
+// arrives is dropped), signal, kill9, destroyDevice, removePeer, dial and listen;
+// a KME is a host with background("kme", ...).
+//
+// Every fault that a tunnel must survive is a line of a table in
+// recovery_test.go. Its short half is played here; make faults plays all of it,
+// with the link beside the tunnel and inside it, 48 at once, and writes what it
+// measured into docs/RELIABILITY.md. One line of it alone:
+//
+//	KEYTURN_FAULTS=/tmp/page.md go test -tags e2e -v -run 'TestRecovery/faults/client_rebooted' ./e2e/
 //
 // Every pre-shared key that a test reads is remembered by the lab, and when
 // the test ends the lab looks for each of them, raw, in base64 and in hex, in
