@@ -636,6 +636,11 @@ func (g *KeyGenerator) push() {
 		}
 		verified := newRecord(r.serial, r.key.Clone(), r.reply.Sources)
 		name := verified.name()
+		if g.met.has(name.Fingerprint) { // now: a round beside this one made the same
+			verified.key.Wipe()
+			g.abandon(r, "the key was met before")
+			continue
+		}
 		if err := t.buffer.push(verified); err != nil {
 			g.abandon(r, err.Error())
 			continue
