@@ -69,9 +69,10 @@ type KMS struct {
 	slots   chan struct{} // one for each call under way
 	sources atomic.Int64  // open ones
 
-	mu     sync.Mutex // guards down and idle of uris, and closed
+	mu     sync.Mutex // guards down and idle of uris, and what follows
 	uris   []*endpoint
 	closed bool
+	known  map[streamID]string // the peer that each predefined stream is shared with
 }
 
 type endpoint struct {
@@ -85,7 +86,7 @@ var _ kms.System = (*KMS)(nil)
 
 // New checks c and reads the files that it names. It does not connect.
 func New(c Config) (*KMS, error) {
-	k := &KMS{timeout: c.Timeout, dial: c.Dial, slots: make(chan struct{}, maxCalls)}
+	k := &KMS{timeout: c.Timeout, dial: c.Dial, slots: make(chan struct{}, maxCalls), known: make(map[streamID]string)}
 	for i := range dialects {
 		if dialects[i].name == c.Dialect {
 			k.dialect = &dialects[i]
@@ -139,7 +140,20 @@ func (k *KMS) For(peerSAE string) (kms.Source, error) {
 		return nil, fmt.Errorf("SAE %q is our own, not a peer's", peerSAE)
 	}
 	k.sources.Add(1)
-	return newSource(k, peer), nil
+	s := newSource(k, peer)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.known[s.known.id] = peer
+	return s, nil
+}
+
+// foreign reports whether a stream is the one shared with another peer than
+// this. The KMS would not mind: GET_KEY and CLOSE name the stream alone.
+func (k *KMS) foreign(id streamID, peer string) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	other, ok := k.known[id]
+	return ok && other != peer
 }
 
 // Close closes the connections. The sources of k are not used after it.

@@ -203,6 +203,9 @@ func (s *Source) KeyByID(ctx context.Context, text string) (*psk.Key, error) {
 	if err != nil {
 		return nil, err
 	}
+	if s.kms.foreign(id.stream, s.peer) {
+		return nil, fmt.Errorf("key %q is of the key stream shared with another peer", text)
+	}
 	if !s.meet(id) {
 		return nil, fmt.Errorf("key %q was asked for before", text)
 	}

@@ -771,3 +771,35 @@ func checkError(t *testing.T, err, is error, want string) {
 		t.Errorf("error %q has a meaning", errText(err))
 	}
 }
+
+// TestForeignStream: a peer cannot have keys fetched out of a key stream that
+// this end shares with another peer, whose ID anybody can compute. Each index
+// is delivered once: the other peer's keys would be gone.
+func TestForeignStream(t *testing.T) {
+	inDialects(t, func(t *testing.T, n *network, d *dialect) {
+		h, _ := n.serve(kmeA, easy(d))
+		k := n.kms("sae_a", Config{Dialect: d.name})
+		var sources [2]kms.Source
+		for i, peer := range []string{"sae_b", "sae_c"} {
+			s, err := k.For(peer)
+			if err != nil {
+				t.Fatal(err)
+			}
+			sources[i] = s
+		}
+		id, _, err := sources[0].Key(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		before := h.log()
+		next := strings.Replace(id, ":0:", ":1:", 1)
+		_, err = sources[1].KeyByID(t.Context(), next)
+		checkError(t, err, nil, fmt.Sprintf("key %q is of the key stream shared with another peer", next))
+		if got := h.log(); got != before {
+			t.Errorf("requests %q, before %q", got, before)
+		}
+		if key, err := sources[0].KeyByID(t.Context(), next); err != nil || !isKey(key, 1) {
+			t.Errorf("the peer's own: %v", err)
+		}
+	})
+}
