@@ -599,5 +599,5 @@ func writeReport(path, table string) error {
 		"  themselves are judged in virtual time (`go test ./internal/daemon`) and with kernel WireGuard (`make vm`).\n\n" +
 		fmt.Sprintf("Commit %s, %s, %s/%s, %d processors.\n\n", os.Getenv("KEYTURN_COMMIT"), time.Now().UTC().Format(time.DateOnly), runtime.GOOS, runtime.GOARCH, runtime.NumCPU()) +
 		"| fault | link | pings lost | recovery | keys | verdict |\n|---|---|---|---|---|---|\n" + table
-	return os.WriteFile(path, []byte(text), 0o644) //nolint:gosec // a page of the documentation
+	return os.WriteFile(path, []byte(text), 0o644)
 }
