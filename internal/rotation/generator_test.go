@@ -49,7 +49,7 @@ func TestSameKeyInTwoRounds(t *testing.T) {
 			for _, f := range generators[e.to].Step(now, e.event) {
 				switch f := f.(type) {
 				case rotation.Send:
-					queue = append(queue, event{1 - e.to, rotation.Received{Message: f.Message}})
+					queue = append(queue, event{1 - e.to, rotation.Received(f)})
 				case rotation.Fetch:
 					id := f.KeyID
 					if id == "" {
