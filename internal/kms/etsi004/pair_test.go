@@ -508,3 +508,36 @@ func TestBothLead(t *testing.T) {
 		w.within("other way", keepLate)
 	})
 }
+
+// TestTwoTunnels: two tunnels between the same two SAEs have one key stream, and
+// meet indices that the other has taken. Both get keys, none of them twice.
+func TestTwoTunnels(t *testing.T) {
+	for _, m := range []manners{{}, {patient: true, forgiving: true}} {
+		t.Run(m.String(), func(t *testing.T) {
+			inDialects(t, func(t *testing.T, n *network, d *dialect) {
+				w := newWorld(t, n, d, m)
+				var ends [2][2]*Source
+				for i := range ends {
+					w.startA()
+					w.startB()
+					w.meet() // the first is ahead of the second
+					ends[i] = [2]*Source{w.a, w.b}
+				}
+				var had [2]int
+				const tries = 40
+				for range tries {
+					for i := range ends {
+						w.a, w.b = ends[i][0], ends[i][1]
+						if w.transfer() == nil {
+							had[i]++
+						}
+						time.Sleep(time.Second)
+					}
+				}
+				if min(had[0], had[1]) < tries/2 {
+					t.Errorf("%v of %d keys", had, tries)
+				}
+			})
+		})
+	}
+}

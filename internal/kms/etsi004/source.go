@@ -176,10 +176,17 @@ func (s *Source) lead(ctx context.Context, e *endpoint) error {
 // asked for again.
 func (s *Source) nextKey(ctx context.Context, e *endpoint) (keyID, *psk.Key, error) {
 	st := s.led
-	a, err := s.get(ctx, e, st.id, st.next)
+	index := st.next
+	a, err := s.get(ctx, e, st.id, index)
+	if se, ok := errors.AsType[*statusError](err); ok && se.status == statusNoKeys {
+		if later, try := st.skip(); try {
+			index = later
+			a, err = s.get(ctx, e, st.id, index)
+		}
+	}
 	switch {
 	case lost(err):
-		st.pass(st.next)
+		st.pass(index)
 		fallthrough
 	case err != nil:
 		return keyID{}, nil, err
@@ -187,7 +194,7 @@ func (s *Source) nextKey(ctx context.Context, e *endpoint) (keyID, *psk.Key, err
 		// It has begun to count anew, or repeats itself.
 		a.key.Wipe()
 		st.fresh = false
-		return keyID{}, nil, fmt.Errorf("%s delivered the key with index %d when asked for %d", e.address, a.index, st.next)
+		return keyID{}, nil, fmt.Errorf("%s delivered the key with index %d when asked for %d", e.address, a.index, index)
 	}
 	id := keyID{stream: st.id, index: a.index, tag: st.tag}
 	st.pass(a.index)

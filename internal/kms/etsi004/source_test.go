@@ -401,6 +401,63 @@ func TestOtherIndex(t *testing.T) {
 	})
 }
 
+// TestInsufficientKey: a KMS that has run out of keys is asked for the same
+// index until it has it, and from the third time on for a later one, too. An
+// index of which the answer is lost, and what was skipped, is over with.
+func TestInsufficientKey(t *testing.T) {
+	inDialects(t, func(t *testing.T, n *network, d *dialect) {
+		say := func(uint32) answer { return nil }
+		h, _ := n.serve(kmeA, easy(d, func(r request) answer {
+			if r.service != 4 {
+				return nil
+			}
+			if other := say(r.index()); other != nil {
+				return other
+			}
+			return saysNo(d, r, 2)
+		}))
+		s := n.source("sae_a", "sae_b", Config{Dialect: d.name})
+		want := "open open"
+		for _, asked := range []string{"get0", "get0", "get0 get3", "get0 get7", "get0 get12"} {
+			_, _, err := s.Key(t.Context())
+			checkError(t, err, kms.ErrNoKeys, "fetch key: kms has no key now: kme-a:25575 answered GET_KEY with status 2, insufficient key")
+			if want += " " + asked; h.log() != want {
+				t.Errorf("requests %q, want %q", h.log(), want)
+			}
+		}
+		for range 20 {
+			_, _, _ = s.Key(t.Context())
+		}
+		if want := fmt.Sprint("get", s.led.ahead); s.led.next != 0 || !strings.HasSuffix(h.log(), want) || s.led.ahead != 12+6+7+8+9+10+11+12+13+14+15+10*16 {
+			t.Errorf("requests %q", h.log())
+		}
+
+		h.mu.Lock()
+		h.seen = nil
+		say = func(index uint32) answer {
+			if index > 0 {
+				return hangUp
+			}
+			return nil
+		}
+		h.mu.Unlock()
+		last := s.led.ahead + maxSkip
+		_, _, err := s.Key(t.Context())
+		checkError(t, err, nil, "fetch key: kme-a:25575: GET_KEY: connection closed before the end of the answer")
+		h.mu.Lock()
+		say = func(index uint32) answer { return saysKey(d, request{service: 4}, index, keyOf(index)) }
+		h.mu.Unlock()
+		for i := range uint32(2) {
+			if _, key, err := s.Key(t.Context()); err != nil || !isKey(key, last+1+i) {
+				t.Errorf("then %v", err)
+			}
+		}
+		if got, want := h.log(), fmt.Sprintf("get0 get%d get%d get%d", last, last+1, last+2); got != want {
+			t.Errorf("requests %q, want %q", got, want)
+		}
+	})
+}
+
 // TestLastIndex: indices do not wrap, an association ends with them.
 func TestLastIndex(t *testing.T) {
 	inDialects(t, func(t *testing.T, n *network, d *dialect) {

@@ -22,6 +22,14 @@ const (
 	askedTTL = 10 * time.Minute // of keys that only one end has taken, and of a stream that only one has closed
 )
 
+// A KMS has no key at an index when it has run out of keys, which is over some
+// time, or when the key was taken, which is never over. From the minSkip-th
+// call in a row on a later index is tried as well, up to maxSkip farther.
+const (
+	minSkip = 3
+	maxSkip = 16
+)
+
 // stream is a key stream as this end sees it: an association with one URI of
 // the KMS, within which each index is asked for once.
 type stream struct {
@@ -31,6 +39,9 @@ type stream struct {
 	// was ever asked for. Otherwise an earlier life of ours may have done so.
 	fresh bool
 	next  uint32
+	// refused counts the calls that got no key at next, and ahead is how far
+	// beyond it was asked for one.
+	refused, ahead uint32
 	// tag is of this association: it keeps the ID of a key apart from that of
 	// an earlier key with the same index.
 	tag   string
@@ -41,7 +52,7 @@ type stream struct {
 func (s *stream) begin(e *endpoint, said status) {
 	var tag [4]byte
 	_, _ = rand.Read(tag[:]) // never fails
-	s.at, s.fresh, s.next, s.tag, s.alone = e, true, 0, hex.EncodeToString(tag[:]), said == statusAlone
+	*s = stream{id: s.id, at: e, fresh: true, tag: hex.EncodeToString(tag[:]), alone: said == statusAlone}
 }
 
 // pass notes that an index is not to be asked for again.
@@ -50,7 +61,22 @@ func (s *stream) pass(index uint32) {
 		s.fresh = false // used up: the next key needs another association
 		return
 	}
-	s.next = max(s.next, index+1)
+	if index >= s.next {
+		s.next, s.refused, s.ahead = index+1, 0, 0
+	}
+}
+
+// skip notes that the KMS has no key at next. If it says so for long, a tunnel
+// of ours beside this one, which has the same stream, may have taken that key:
+// then skip returns an index to try instead, each time one farther ahead.
+func (s *stream) skip() (index uint32, try bool) {
+	s.refused = min(s.refused+1, maxSkip)
+	if s.refused < minSkip {
+		return 0, false
+	}
+	s.ahead += s.refused
+	index = s.next + s.ahead
+	return index, index > s.next
 }
 
 // keyID is what travels over the link between the rotators.
