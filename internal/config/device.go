@@ -15,7 +15,7 @@ func (p *Peer) problem(key, hint, format string, args ...any) Problem {
 	if !ok {
 		at = p.begin
 	}
-	return p.source.problem(at, hint, fmt.Sprintf(format, args...))
+	return p.source.problem(at, hint, fmt.Sprintf(format, args...), asItIs)
 }
 
 func (p *Peer) noAddress() Problem {
@@ -129,5 +129,5 @@ func (c *Config) NoDevice(err error) error {
 
 // problem describes something wrong with the value of a key of the file.
 func (c *Config) problem(key, hint, format string, args ...any) Problem {
-	return c.source.problem(c.at[key], hint, fmt.Sprintf(format, args...))
+	return c.source.problem(c.at[key], hint, fmt.Sprintf(format, args...), asItIs)
 }

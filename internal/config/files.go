@@ -48,7 +48,7 @@ func pathTo(dst *string, p purpose) reading {
 func filePath(s string) (string, error) {
 	strange := func(r rune) bool { return !unicode.IsPrint(r) }
 	switch {
-	case keyLike.FindString(s) == s && s != "":
+	case mask(s) == "(key)":
 		return "", bad("write the key to a file of mode 0600, and its path here", "a key, not the path of a file")
 	case s == "" || strings.ContainsFunc(s, strange):
 		return "", bad("paths are relative to the configuration file", "%s cannot be a path", quote(s))

@@ -83,8 +83,8 @@ type document struct {
 }
 
 // problem describes something wrong at a place, which is moved into the text
-// where a parser points behind its end.
-func (d *document) problem(at position, hint, message string) Problem {
+// where a parser points behind its end. show is what of the line may be seen.
+func (d *document) problem(at position, hint, message string, show func(string) string) Problem {
 	p := Problem{File: d.name, Message: message, Hint: hint}
 	if len(d.lines) == 0 {
 		return p
@@ -96,7 +96,7 @@ func (d *document) problem(at position, hint, message string) Problem {
 	if at.line > len(d.lines) {
 		p.Column = end
 	}
-	p.Source = printable(text)
+	p.Source = printable(show(text))
 	return p
 }
 
@@ -109,13 +109,21 @@ type problems struct {
 // add notes a problem. The source line is shown with everything masked that
 // has the form of a key, for it may be a secret that has no business there.
 func (ps *problems) add(at position, hint, format string, args ...any) {
-	ps.note(at, hint, fmt.Sprintf(format, args...), mask)
+	show := mask
+	if slices.ContainsFunc(ps.lines, func(l string) bool { return strings.Contains(l, pemBegin) }) {
+		// The last line of a key may be too short to be told from a word.
+		show = func(string) string { return "" }
+	}
+	ps.note(at, mask(hint), mask(fmt.Sprintf(format, args...)), show)
 }
 
 // addPublic is add for a line that is known to hold public keys only.
 func (ps *problems) addPublic(at position, hint, format string, args ...any) {
-	ps.note(at, hint, fmt.Sprintf(format, args...), func(s string) string { return s })
+	ps.note(at, hint, fmt.Sprintf(format, args...), asItIs)
 }
+
+// asItIs shows a line that holds nothing secret.
+func asItIs(line string) string { return line }
 
 func (ps *problems) note(at position, hint, message string, show func(string) string) {
 	switch {
@@ -124,19 +132,49 @@ func (ps *problems) note(at position, hint, message string, show func(string) st
 	case len(ps.all) > maxProblems:
 		return
 	}
-	p := ps.problem(at, hint, message)
-	p.Source = show(p.Source)
-	ps.all = append(ps.all, p)
+	ps.all = append(ps.all, ps.problem(at, hint, message, show))
 }
 
-// keyLike matches 32 bytes in the encodings in which keys are written.
-var keyLike = regexp.MustCompile(`[A-Za-z0-9+/]{43}=|\b[0-9A-Fa-f]{64}\b`)
+// pemBegin begins a block of a PEM file (RFC 7468, 2), most often a secret key.
+const pemBegin = "-----BEGIN"
 
-// mask hides whatever has the form of a key.
-func mask(s string) string { return keyLike.ReplaceAllString(s, "(key)") }
+var (
+	// runs matches what may be a secret in base64 or in hex, or a part of one.
+	runs = regexp.MustCompile(`[A-Za-z0-9+/_=-]{32,}`)
+	// absolute matches the beginning of a path.
+	absolute = regexp.MustCompile(`^/[a-z]{2,10}/`)
+)
 
-// quote shows a foreign value: in quotes, bounded, and no keys.
-func quote(s string) string { return strconv.Quote(mask(shorten(s, maxQuoted))) }
+// mask hides whatever may be a secret or a part of one. Some harmless texts
+// look the same.
+func mask(s string) string {
+	if before, _, found := strings.Cut(s, pemBegin); found {
+		s = before + "(key)"
+	}
+	return runs.ReplaceAllStringFunc(s, func(run string) string {
+		parts, least := []string{run}, 32
+		if absolute.MatchString(run) {
+			parts, least = strings.Split(run, "/"), 40 // long names of directories are common
+		}
+		for i, part := range parts {
+			if len(part) >= least && secretLike(part) {
+				parts[i] = "(key)"
+			}
+		}
+		return strings.Join(parts, "/")
+	})
+}
+
+// secretLike reports whether a long run of characters looks like hex or base64.
+func secretLike(run string) bool {
+	bare := strings.TrimRight(run, "=")
+	return strings.Trim(bare, "0123456789abcdefABCDEF") == "" || len(bare) == 43 ||
+		strings.ContainsFunc(run, unicode.IsUpper) && strings.ContainsFunc(run, unicode.IsLower) && strings.ContainsFunc(run, unicode.IsDigit)
+}
+
+// quote shows a foreign value: in quotes, bounded, and no keys. What is masked
+// is masked before it could be cut in two.
+func quote(s string) string { return strconv.Quote(shorten(mask(s), maxQuoted)) }
 
 // encode writes a public key or fingerprint as WireGuard does.
 func encode(k [32]byte) string { return base64.StdEncoding.EncodeToString(k[:]) }

@@ -143,8 +143,8 @@ func knownKEM(s string) (string, error) {
 func key(s, what, hint string) ([32]byte, error) {
 	b, err := base64.StdEncoding.Strict().DecodeString(s)
 	if len(s) != 44 || err != nil || len(b) != 32 {
-		message := fmt.Sprintf("%q is not %s: it should be 44 characters of base64", shorten(s, maxQuoted), what)
-		return [32]byte{}, &badValue{message: message, hint: hint, public: true}
+		// Who mistakes a secret for it makes another mistake as well.
+		return [32]byte{}, bad(hint, "%s is not %s: it should be 44 characters of base64, and has %d", quote(s), what, len(s))
 	}
 	k := [32]byte(b)
 	if k == [32]byte{} {
