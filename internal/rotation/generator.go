@@ -37,8 +37,15 @@ type KeyGenerator struct {
 	metIDs    memory[string]
 }
 
-// qkd is the source that the KMS delivers.
-const qkd wire.Sources = 1
+// qkd is the source that the KMS delivers; the others are KEMs.
+const (
+	qkd  wire.Sources = 1
+	kems              = ^qkd
+)
+
+// digestDiffers is the reason of an Abandon after which the ends know that a
+// source gave them different secrets (E9).
+const digestDiffers = "digest differs"
 
 // NewKeyGenerator returns the generator of a tunnel, in hold.
 func NewKeyGenerator(t *Tunnel) *KeyGenerator { return &KeyGenerator{tunnel: t} }
@@ -492,14 +499,14 @@ func (g *KeyGenerator) reply(m *wire.Reply) {
 	r.reply = m
 	ciphertexts, err := g.encapsulate(r, m.EncapsulationKeys)
 	if err != nil {
-		g.doubt(r)
+		g.doubt(r, kems)
 		g.abandon(r, err.Error())
 		return
 	}
 	finish := &wire.Finish{Session: m.Session, Serial: r.serial, Ciphertexts: ciphertexts}
 	key, err := g.combine(r, m.Ciphertexts, finish)
 	if err != nil {
-		g.doubt(r)
+		g.doubt(r, kems)
 		g.abandon(r, err.Error())
 		return
 	}
@@ -546,7 +553,7 @@ func (g *KeyGenerator) finish(m *wire.Finish) {
 	}
 	if !psk.EqualDigests(key.Digest(psk.RoleClient, g.context(r, m)), m.Digest) {
 		key.Wipe()
-		g.abandon(r, "digest differs")
+		g.abandon(r, digestDiffers)
 		return
 	}
 	r.key, r.finish = key, m
@@ -569,8 +576,8 @@ func (g *KeyGenerator) doneBy(m *wire.Done) {
 		return
 	}
 	if !psk.EqualDigests(r.expected, m.Digest) {
-		g.doubt(r)
-		g.abandon(r, "digest differs")
+		g.doubt(r, qkd, kems)
+		g.abandon(r, digestDiffers)
 		return
 	}
 	r.done = true
@@ -665,7 +672,9 @@ func (g *KeyGenerator) abandoned(m *wire.Abandon) {
 	if r == nil {
 		return
 	}
-	g.doubt(r)
+	if m.Reason == digestDiffers {
+		g.doubt(r, qkd, kems)
+	}
 	g.fail(r, "the peer says: "+m.Reason)
 }
 
@@ -687,18 +696,20 @@ func (g *KeyGenerator) turnDown(r *round, reason string) {
 	g.send(&wire.Abandon{Session: g.tunnel.session, Serial: r.serial, Reason: printable(reason), High: g.tunnel.high})
 }
 
-// doubt is told of a round of the client that failed although both ends had
-// all of it: one of the sources gave the ends different secrets. Which, nobody
-// can tell, so the next round does without what may be missing, QKD first: a
-// KMS is another party, a KEM the peer that has proved itself.
-func (g *KeyGenerator) doubt(r *round) {
-	if r.reply == nil || g.tunnel.config.Role != Client {
+// doubt is told of a round of the client in which a source failed that had
+// seemed to be well: which of those that may be the culprit, likeliest first.
+// Where the digests differed nobody can tell, but a KMS is another party and a
+// KEM the peer that has proved itself. The next round does without the first of
+// them that may be missing. A round that was only slow gives no cause for doubt:
+// whoever delays messages must not choose the sources.
+func (g *KeyGenerator) doubt(r *round, culprits ...wire.Sources) {
+	if g.tunnel.config.Role != Client || r.reply == nil {
 		return
 	}
 	g.suspect = 0
-	for _, s := range []wire.Sources{qkd, g.all() &^ qkd} {
+	for _, s := range culprits {
 		if r.sources&s != 0 && g.enough(r.sources&^s) {
-			g.suspect = s
+			g.suspect = r.sources & s
 			return
 		}
 	}
