@@ -439,6 +439,54 @@ func TestLeft(t *testing.T) {
 	})
 }
 
+// TestMadeUpStreams: a peer that names one stream after the other cannot have
+// more of them opened than Keep closes.
+func TestMadeUpStreams(t *testing.T) {
+	inDialects(t, func(t *testing.T, n *network, d *dialect) {
+		w := newWorld(t, n, d, manners{})
+		w.startB()
+		most := 0
+		for i := range uint32(500) {
+			id := keyID{stream: streamID(keyOf(i)[:16]), tag: "0badcafe"}
+			if _, err := w.b.KeyByID(t.Context(), id.String()); err != nil {
+				checkError(t, err, nil, fmt.Sprintf("fetch key %q: 15 key streams that the peer has left are still open", id))
+			}
+			most = max(most, w.pair.opened()[1])
+			time.Sleep(100 * time.Millisecond)
+		}
+		if most > maxLeft {
+			t.Errorf("%d streams open", most)
+		}
+		time.Sleep(keepLate)
+		if n := w.pair.opened()[1]; n > 2 {
+			t.Errorf("%d streams open in the end", n)
+		}
+		w.startA()
+		w.meet()
+	})
+}
+
+// TestLeftOnce: a stream is left once, however often the peer turns from it.
+func TestLeftOnce(t *testing.T) {
+	inDialects(t, func(t *testing.T, n *network, d *dialect) {
+		h, _ := n.serve(kmeA, easy(d))
+		s := n.source("sae_b", "sae_a", Config{Dialect: d.name})
+		for i := range uint32(2 * maxLeft) {
+			for _, stream := range []streamID{s.known.id, streamID(keyOf(0)[:16]), streamID(keyOf(1)[:16])} {
+				if _, err := s.KeyByID(t.Context(), keyID{stream, i, "0badcafe"}.String()); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if err := s.keep(t.Context()); err != nil {
+			t.Error(err)
+		}
+		if n := strings.Count(h.log(), "close"); n != 3 {
+			t.Errorf("%d streams closed", n)
+		}
+	})
+}
+
 // TestCloseIsShort: a KMS that says nothing does not hold the end up.
 func TestCloseIsShort(t *testing.T) {
 	inDialects(t, func(t *testing.T, n *network, d *dialect) {

@@ -315,7 +315,9 @@ func (s *Source) follow(ctx context.Context, e *endpoint, id keyID) (st *stream,
 	st = s.known
 	if id.stream != st.id {
 		if s.followed == nil || s.followed.id != id.stream {
-			s.leave()
+			if err := s.leave(); err != nil {
+				return nil, "", err
+			}
 			s.followed = &stream{id: id.stream}
 		}
 		st = s.followed
@@ -330,17 +332,22 @@ func (s *Source) follow(ctx context.Context, e *endpoint, id keyID) (st *stream,
 }
 
 // leave notes that the peer leads another stream than before. A KMS may hold
-// the old one back for as long as our end is open. Keep closes it.
-func (s *Source) leave() {
+// the old one back for as long as our end is open. Keep closes it. Until then a
+// peer that leads ever other streams has to wait: we would open all of them.
+func (s *Source) leave() error {
+	if n := len(s.left); n > maxLeft-2 {
+		return fmt.Errorf("%d key streams that the peer has left are still open", n)
+	}
 	s.retire(s.known)
 	if s.followed != nil {
 		s.retire(s.followed)
 	}
+	return nil
 }
 
 // retire notes that a stream is to be closed.
 func (s *Source) retire(st *stream) {
-	if st.at != nil && len(s.left) < maxLeft {
+	if st.at != nil && len(s.left) < maxLeft && !slices.Contains(s.left, st.id) {
 		s.left = append(s.left, st.id)
 	}
 }
