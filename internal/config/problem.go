@@ -80,6 +80,7 @@ type position struct{ line, column int }
 type document struct {
 	name  string   // as the user named it
 	lines []string // without line ends
+	pem   bool     // it holds a block of a PEM file
 }
 
 // problem describes something wrong at a place, which is moved into the text
@@ -109,8 +110,10 @@ type problems struct {
 // add notes a problem. The source line is shown with everything masked that
 // has the form of a key, for it may be a secret that has no business there.
 func (ps *problems) add(at position, hint, format string, args ...any) {
-	show := mask
-	if slices.ContainsFunc(ps.lines, func(l string) bool { return strings.Contains(l, pemBegin) }) {
+	// Masked before it is cut, and yet bounded: a secret that begins where it is
+	// shown is long enough to be told.
+	show := func(line string) string { return mask(shorten(line, maxSource+64)) }
+	if ps.pem {
 		// The last line of a key may be too short to be told from a word.
 		show = func(string) string { return "" }
 	}
@@ -174,7 +177,7 @@ func secretLike(run string) bool {
 
 // quote shows a foreign value: in quotes, bounded, and no keys. What is masked
 // is masked before it could be cut in two.
-func quote(s string) string { return strconv.Quote(shorten(mask(s), maxQuoted)) }
+func quote(s string) string { return strconv.Quote(shorten(mask(shorten(s, maxQuoted+64)), maxQuoted)) }
 
 // encode writes a public key or fingerprint as WireGuard does.
 func encode(k [32]byte) string { return base64.StdEncoding.EncodeToString(k[:]) }

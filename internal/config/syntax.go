@@ -29,6 +29,7 @@ func (ps *problems) tree(data []byte) *yaml.Node {
 	data = bytes.TrimPrefix(data, []byte("\ufeff"))
 	for line := range strings.Lines(string(data)) {
 		ps.lines = append(ps.lines, strings.TrimSuffix(strings.TrimSuffix(line, "\n"), "\r"))
+		ps.pem = ps.pem || strings.Contains(line, pemBegin)
 	}
 	if !ps.characters() {
 		return nil
