@@ -19,6 +19,9 @@ const maxProblems = 1000
 const (
 	maxQuoted = 64
 	maxSource = 200
+	// What is masked before it is shortened is bounded as well, so far beyond that
+	// a secret which this bound cuts in two is not among what is shown.
+	maxMasked = 4096
 )
 
 // Problem is one thing wrong with a configuration file.
@@ -110,9 +113,7 @@ type problems struct {
 // add notes a problem. The source line is shown with everything masked that
 // has the form of a key, for it may be a secret that has no business there.
 func (ps *problems) add(at position, hint, format string, args ...any) {
-	// Masked before it is cut, and yet bounded: a secret that begins where it is
-	// shown is long enough to be told.
-	show := func(line string) string { return mask(shorten(line, maxSource+64)) }
+	show := func(line string) string { return mask(shorten(line, maxMasked)) }
 	if ps.pem {
 		// The last line of a key may be too short to be told from a word.
 		show = func(string) string { return "" }
@@ -177,7 +178,7 @@ func secretLike(run string) bool {
 
 // quote shows a foreign value: in quotes, bounded, and no keys. What is masked
 // is masked before it could be cut in two.
-func quote(s string) string { return strconv.Quote(shorten(mask(shorten(s, maxQuoted+64)), maxQuoted)) }
+func quote(s string) string { return strconv.Quote(shorten(mask(shorten(s, maxMasked)), maxQuoted)) }
 
 // encode writes a public key or fingerprint as WireGuard does.
 func encode(k [32]byte) string { return base64.StdEncoding.EncodeToString(k[:]) }
