@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
+	"net"
 	"strings"
 	"sync"
 	"testing"
@@ -508,6 +509,73 @@ func TestCloseIsShort(t *testing.T) {
 			t.Errorf("took %v", took)
 		}
 	})
+}
+
+// TestCloseTogether: the sources of a KMS that does not answer CLOSE end
+// together, in no more connections than calls have.
+func TestCloseTogether(t *testing.T) {
+	inDialects(t, func(t *testing.T, n *network, d *dialect) {
+		n.serve(kmeA, easy(d, func(r request) answer {
+			if r.service == 8 {
+				return silence
+			}
+			return nil
+		}))
+		k := n.kms("sae_a", Config{Dialect: d.name})
+		var sources []kms.Source
+		for i := range 3 * maxCalls {
+			s, err := k.For(fmt.Sprintf("sae_%d", i))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, _, err := s.Key(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			sources = append(sources, s)
+		}
+		time.Sleep(2 * idleTimeout)
+		var mu sync.Mutex
+		var now, most int
+		dial := k.dial
+		k.dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			c, err := dial(ctx, network, address)
+			if err != nil {
+				return nil, err
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			now++
+			most = max(most, now)
+			return &counted{c, sync.OnceFunc(func() { mu.Lock(); now--; mu.Unlock() })}, nil
+		}
+		began := time.Now()
+		var running sync.WaitGroup
+		for _, s := range sources {
+			running.Go(func() {
+				if err := s.Close(); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		running.Wait()
+		if most != maxCalls || now != 0 {
+			t.Errorf("%d connections at once, %d left", most, now)
+		}
+		if took := time.Since(began); took != closeTimeout {
+			t.Errorf("took %v", took)
+		}
+	})
+}
+
+// counted is a connection that says when it is closed.
+type counted struct {
+	net.Conn
+	closed func()
+}
+
+func (c *counted) Close() error {
+	c.closed()
+	return c.Conn.Close()
 }
 
 // TestStatus takes no key, opens nothing for good, and leaves the stream of a

@@ -454,17 +454,20 @@ func (s *Source) Close() error {
 	s.kms.sources.Add(-1)
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
-	open := []*stream{s.known}
-	for _, st := range []*stream{s.led, s.followed} {
-		if st != nil && st != s.known {
+	var open []*stream
+	for _, st := range []*stream{s.known, s.led, s.followed} {
+		if st != nil && st.at != nil && !slices.Contains(open, st) {
 			open = append(open, st)
 		}
 	}
+	// What stays open the KMS forgets some time after the last key.
+	if len(open) == 0 || s.kms.acquire(ctx, s.kms.slots) != nil {
+		return nil
+	}
+	defer func() { <-s.kms.slots }()
 	for _, st := range open {
-		if st.at != nil {
-			_ = s.close(ctx, st.at, st.id) // the KMS forgets it some time after the last key
-			st.at = nil
-		}
+		_ = s.close(ctx, st.at, st.id)
+		st.at = nil
 	}
 	return nil
 }
