@@ -112,9 +112,17 @@ func (d *dirs) check(ctx context.Context, c *config.Config, r *results) {
 		r.set(line, "ok", identity.Fingerprint().String())
 	}
 	checkListen(ctx, c, running, r)
+	if c.Journal != nil {
+		line := r.next("journal")
+		if err := daemon.CheckJournalKey(c); err != nil {
+			r.fail(line, err)
+		} else {
+			r.set(line, "ok", c.Journal.Path)
+		}
+	}
 	sources, sourcesErr := daemon.OpenSources(c)
 	if sourcesErr == nil {
-		defer sources.Close()
+		_ = sources.Close() // each address is asked by itself
 	}
 
 	slots := make(chan struct{}, checkAtOne)
@@ -139,8 +147,15 @@ func (d *dirs) check(ctx context.Context, c *config.Config, r *results) {
 		r.fail(r.next("kms"), sourcesErr)
 	}
 	for _, p := range c.Peers {
-		if p.KMS != nil && sourcesErr == nil {
-			start("kms for "+p.Name, func(ctx context.Context) (string, error) { return checkKMS(ctx, sources, p) })
+		if p.KMS == nil || sourcesErr != nil {
+			continue
+		}
+		for _, uri := range p.KMS.URIs {
+			what := "kms for " + p.Name
+			if len(p.KMS.URIs) > 1 {
+				what += " at " + uri
+			}
+			start(what, func(ctx context.Context) (string, error) { return checkKMS(ctx, p, uri) })
 		}
 	}
 	for _, p := range c.Peers {
@@ -203,8 +218,16 @@ func checkListen(ctx context.Context, c *config.Config, running *control.Status,
 	}
 }
 
-func checkKMS(ctx context.Context, sources *daemon.Sources, p *config.Peer) (string, error) {
-	source, err := sources.For(p)
+// checkKMS asks a KMS at one of its addresses.
+func checkKMS(ctx context.Context, p *config.Peer, uri string) (string, error) {
+	one := *p.KMS
+	one.URIs = []string{uri}
+	system, err := daemon.OpenKMS(&one)
+	if err != nil {
+		return "", err
+	}
+	defer system.Close()
+	source, err := system.For(p.SAE)
 	if err != nil {
 		return "", err
 	}
@@ -213,28 +236,35 @@ func checkKMS(ctx context.Context, sources *daemon.Sources, p *config.Peer) (str
 	if err != nil {
 		return "", err
 	}
-	return describeKMS(p, &status)
+	return describeKMS(p, uri, &status)
 }
 
 // describeKMS says what a KMS says of itself, as far as it says anything: many
 // leave counts at zero whatever they have. What keeps it from serving the peer
 // is an error.
-func describeKMS(p *config.Peer, s *kms.Status) (string, error) {
+func describeKMS(p *config.Peer, uri string, s *kms.Status) (string, error) {
 	const bits = 8 * psk.Size
+	known := s.MasterSAE
+	if p.KMS.Interface == config.SKIP {
+		known = s.SourceKME // the key provider's own system ID is ours
+	}
 	switch {
+	case *s == kms.Status{} && p.KMS.Interface == config.ETSI014:
+		return "", errors.New("its status has nothing of what the standard puts there")
+	case known != "" && !strings.Contains(known, p.KMS.SAE): // some have another form of the same ID
+		return "", fmt.Errorf("knows this end as %q; the configuration says %q", known, p.KMS.SAE)
 	case s.MaxKeySize > 0 && s.MaxKeySize < bits:
 		return "", fmt.Errorf("has keys of at most %d bits, not %d", s.MaxKeySize, bits)
 	case s.MinKeySize > bits:
 		return "", fmt.Errorf("has keys of at least %d bits, not %d", s.MinKeySize, bits)
 	}
-	parts := []string{strings.Join(p.KMS.URIs, ", ")}
+	parts := []string{uri}
 	add := func(when bool, format string, args ...any) {
 		if when {
 			parts = append(parts, fmt.Sprintf(format, args...))
 		}
 	}
-	add(s.SourceKME != "", "%s to %s", s.SourceKME, s.TargetKME)
-	// Some have another form of the same ID.
+	add(s.SourceKME != "" && s.TargetKME != "", "%s to %s", s.SourceKME, s.TargetKME)
 	add(s.MasterSAE != "" && s.MasterSAE != p.KMS.SAE, "knows this end as %s", s.MasterSAE)
 	add(s.SlaveSAE != "" && s.SlaveSAE != p.SAE, "the peer as %s", s.SlaveSAE)
 	add(s.PeerAbsent, "the peer's application has not connected yet")

@@ -10,7 +10,7 @@ import (
 // TestDescribeKMS: what a KMS says of itself is told, and what keeps it from
 // serving a peer is an error.
 func TestDescribeKMS(t *testing.T) {
-	p := &config.Peer{SAE: "sae_002", KMS: &config.KMS{SAE: "sae_001", URIs: []string{"https://kme-a", "https://kme-b"}}}
+	p := &config.Peer{SAE: "sae_002", KMS: &config.KMS{SAE: "sae_001", Interface: config.ETSI014}}
 	whole := kms.Status{
 		SourceKME: "kme-a", TargetKME: "kme-b", MasterSAE: "sae_001", SlaveSAE: "sae_002",
 		KeySize: 256, MinKeySize: 64, MaxKeySize: 1024, StoredKeys: 3, MaxKeys: 100, MaxKeysPerRequest: 128,
@@ -21,17 +21,18 @@ func TestDescribeKMS(t *testing.T) {
 		want string
 		err  string
 	}{
-		{"everything", func(*kms.Status) {}, "https://kme-a, https://kme-b, kme-a to kme-b, keys of 64 to 1024 bits, 3 of 100 keys stored, 128 keys a request", ""},
-		{"nothing", func(s *kms.Status) { *s = kms.Status{} }, "https://kme-a, https://kme-b", ""},
-		{"no peer", func(s *kms.Status) { *s = kms.Status{PeerAbsent: true} }, "https://kme-a, https://kme-b, the peer's application has not connected yet", ""},
+		{"everything", func(*kms.Status) {}, "https://kme-a, kme-a to kme-b, keys of 64 to 1024 bits, 3 of 100 keys stored, 128 keys a request", ""},
+		{"nothing", func(s *kms.Status) { *s = kms.Status{} }, "", "its status has nothing of what the standard puts there"},
+		{"another certificate", func(s *kms.Status) { s.MasterSAE = "sae_003" }, "", `knows this end as "sae_003"; the configuration says "sae_001"`},
+		{"no peer", func(s *kms.Status) { *s = kms.Status{PeerAbsent: true} }, "https://kme-a, the peer's application has not connected yet", ""},
 		{"too small", func(s *kms.Status) { s.MaxKeySize = 128 }, "", "has keys of at most 128 bits, not 256"},
 		{"too large", func(s *kms.Status) { s.MinKeySize = 512 }, "", "has keys of at least 512 bits, not 256"},
 		{"other names", func(s *kms.Status) { *s = kms.Status{MasterSAE: "qkd://sae_001", SlaveSAE: "qkd://sae_002"} },
-			"https://kme-a, https://kme-b, knows this end as qkd://sae_001, the peer as qkd://sae_002", ""},
+			"https://kme-a, knows this end as qkd://sae_001, the peer as qkd://sae_002", ""},
 	} {
 		s := whole
 		tt.edit(&s)
-		got, err := describeKMS(p, &s)
+		got, err := describeKMS(p, "https://kme-a", &s)
 		if got != tt.want || (err == nil) != (tt.err == "") || err != nil && err.Error() != tt.err {
 			t.Errorf("%s: got %q, %v", tt.name, got, err)
 		}

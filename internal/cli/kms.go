@@ -127,7 +127,7 @@ func pick(here, there *config.Config, name string) (a kmsEnd, b *kmsEnd, err err
 	}
 	for _, x := range kmsEnds(here) {
 		switch {
-		case name != "" && x.name != name:
+		case name != "" && cmp.Or(x.name, x.peer) != name:
 		case there != nil:
 			for _, y := range kmsEnds(there) {
 				if (x.peer == "" || x.peer == y.kms.SAE) && (y.peer == "" || y.peer == x.kms.SAE) {
@@ -149,7 +149,7 @@ func pick(here, there *config.Config, name string) (a kmsEnd, b *kmsEnd, err err
 	case len(names) > 1:
 		return a, b, withHint(usageError{fmt.Errorf("%d peers have a KMS: %s", len(names), strings.Join(names, ", "))}, "--peer "+names[0])
 	case b != nil && (a.kms.Interface != b.kms.Interface || a.kms.Dialect != b.kms.Dialect):
-		return a, b, usageError{errors.New("the two ends speak different interfaces")}
+		return a, b, usageError{errors.New("the two ends speak different interfaces or dialects")}
 	}
 	return a, b, nil
 }

@@ -136,6 +136,13 @@ func openStore(c *config.Config, runDir, stateDir string) (*files, error) {
 	return f, nil
 }
 
+// CheckJournalKey says why the journal cannot be encrypted by its key_file.
+func CheckJournalKey(c *config.Config) error {
+	key, err := readKey(c.Journal.KeyFile)
+	key.Wipe()
+	return err
+}
+
 // readKey reads a secret as keyturn genkey writes it.
 func readKey(path string) (*psk.Key, error) {
 	b, err := os.ReadFile(path)

@@ -141,7 +141,7 @@ func (p *peer) warnings(now time.Time, s *control.PeerStatus, v rotation.View, h
 	warn(s.Link.State == control.LinkDown, control.LinkIsDown, stopped)
 	warn(s.Link.State == control.LinkRefused, control.LinkIsRefused, s.Link.Error)
 	warn(len(s.Differences) > 0, control.ParametersDiffer, "")
-	warn(s.KMS != nil && s.KMS.State == control.KMSFailing, control.KMSFails, cmp.Or(p.kmsError, health.LastError))
+	warn(s.KMS != nil && s.KMS.State == control.KMSFailing, control.KMSFails, p.kmsError)
 	warn(!v.Found && v.Sources != 0 && v.Sources != p.allSources(), control.SourcesReduced, "")
 	warn(s.Buffer.Len == 0 && s.State == control.PeerProtected && health.LastError != "", control.BufferEmpty, health.LastError)
 	warn(s.State == control.PeerRepairing, control.KeysDiffer, "")

@@ -30,7 +30,6 @@ type KeyGenerator struct {
 	failures  int // of rounds, in a row
 	notBefore time.Time
 	lastError string
-	kmsError  string
 	keys      uint64 // established
 	lastKey   time.Time
 	met       memory[psk.Fingerprint]
@@ -284,7 +283,6 @@ func (g *KeyGenerator) fetched(e Fetched) {
 	}
 	if err != nil {
 		e.Key.Wipe()
-		g.kmsError = err.Error()
 		if less := r.sources &^ qkd; g.enough(less) {
 			g.leaveOut(r, less, err.Error())
 		} else {
@@ -292,7 +290,6 @@ func (g *KeyGenerator) fetched(e Fetched) {
 			return
 		}
 	} else {
-		g.kmsError = ""
 		g.metIDs.add(e.KeyID)
 		r.qkd, r.keyID = e.Key, e.KeyID
 	}
@@ -779,12 +776,11 @@ type Health struct {
 	Keys      uint64    // established since the start
 	LastKey   time.Time // zero: none
 	LastError string    // of the last round, empty after a success
-	KMSError  string    // of the last fetch, empty after a success
 }
 
 // Health returns the generator's state for status and metrics.
 func (g *KeyGenerator) Health() Health {
-	return Health{len(g.rounds), g.keys, g.lastKey, g.lastError, g.kmsError}
+	return Health{len(g.rounds), g.keys, g.lastKey, g.lastError}
 }
 
 // memory remembers the last values that must not come back.

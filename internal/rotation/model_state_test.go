@@ -134,7 +134,7 @@ var rules = map[string]rule{
 	"buffer.capacity": skip,
 
 	"KeyGenerator.tunnel": skip, "KeyGenerator.now": skip, "KeyGenerator.out": skip, "KeyGenerator.fetches": skip,
-	"KeyGenerator.notBefore": due, "KeyGenerator.failures": capped, "KeyRotationScheduler.setFailures": capped, "KeyRotationScheduler.restores": capped, "KeyGenerator.lastError": skip, "KeyGenerator.kmsError": skip, "KeyGenerator.keys": skip,
+	"KeyGenerator.notBefore": due, "KeyGenerator.failures": capped, "KeyRotationScheduler.setFailures": capped, "KeyRotationScheduler.restores": capped, "KeyGenerator.lastError": skip, "KeyGenerator.keys": skip,
 	"KeyGenerator.lastKey": skip, "KeyGenerator.met": skip, "KeyGenerator.metIDs": skip,
 	"bootstrap.attempt": boot, "bootstrap.due": due, "bootstrap.ack": skip, "bootstrap.parameters": skip,
 	"round.serial": serial, "round.fetch": skip, "round.keyID": skip, "round.qkd": skip, "round.own": skip, "round.secrets": skip,
