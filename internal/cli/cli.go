@@ -162,7 +162,7 @@ and check: a tunnel is not protected, or something needs attention).`,
 	f.StringVar(&d.log, "log-dir", fromEnv("KEYTURN_LOG_DIR", "/var/log/keyturn"), "`DIR` of logs (KEYTURN_LOG_DIR)")
 	root.AddCommand(
 		newUp(&d), newDown(&d), newRm(&d), newLs(&d), newStatus(&d), newRun(&d), newCheck(&d), newRotate(&d),
-		newGenkey(), newPubkey(), newKme(), newKms(), newDemo(), newVersion(),
+		newGenkey(), newPubkey(), newKme(), newKms(), newDemo(), newExample(), newVersion(),
 	)
 	root.InitDefaultCompletionCmd()
 	root.InitDefaultHelpCmd()

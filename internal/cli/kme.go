@@ -85,6 +85,9 @@ func (f *kmeFlags) run(cmd *cobra.Command) error {
 		return usage(cmd, err)
 	}
 	conf.Admin = cmp.Or(f.admin, kmesim.AdminPath(f.dir, conf.Only))
+	if conf.Admin == "" {
+		cmd.PrintErrln("no admin socket: a path in " + f.dir + " is too long for one; name a shorter one by --admin")
+	}
 	if err := kmesim.CheckRate(f.rate, f.pool); err != nil {
 		return usage(cmd, err)
 	}

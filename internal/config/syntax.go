@@ -43,7 +43,7 @@ func (ps *problems) tree(data []byte) *yaml.Node {
 	var document, second yaml.Node
 	switch err := loader.Load(&document); {
 	case errors.Is(err, io.EOF):
-		ps.add(position{1, 1}, "start from the example in the manual", "the file is empty")
+		ps.add(position{1, 1}, "keyturn example prints one with every key explained", "the file is empty")
 		return nil
 	case err != nil:
 		ps.syntax(err)
