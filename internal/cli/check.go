@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"strings"
 	"sync"
 	"syscall"
@@ -205,7 +204,7 @@ func checkInterface(c *config.Config, r *results) {
 // rotator has it.
 func checkListen(ctx context.Context, c *config.Config, running *control.Status, r *results) {
 	line := r.next("listen " + c.Listen)
-	ln, err := new(net.ListenConfig).Listen(ctx, "tcp", c.Listen)
+	ln, err := daemon.Listen(ctx, c.Listen)
 	switch {
 	case err == nil:
 		_ = ln.Close()

@@ -58,7 +58,7 @@ func Run(ctx context.Context, o Options) error {
 	if err != nil {
 		return err
 	}
-	listener, err := net.Listen("tcp", c.Listen)
+	listener, err := Listen(ctx, c.Listen)
 	if err != nil {
 		return errors.Join(fmt.Errorf("listen for peers: %w", err), server.Close())
 	}
@@ -82,6 +82,16 @@ func Run(ctx context.Context, o Options) error {
 	g.Go(func() error { return r.Run(ctx) })
 	o.Ready()
 	return g.Wait()
+}
+
+// Listen listens at a configured TCP address: at an IPv4 address for IPv4 alone,
+// also at 0.0.0.0, which package net takes for every address of either family.
+func Listen(ctx context.Context, address string) (net.Listener, error) {
+	network := "tcp"
+	if a, err := netip.ParseAddrPort(address); err == nil && a.Addr().Is4() {
+		network = "tcp4"
+	}
+	return new(net.ListenConfig).Listen(ctx, network, address)
 }
 
 // ReadIdentity reads the identity that the configuration names, which must not

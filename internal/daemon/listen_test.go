@@ -1,0 +1,23 @@
+package daemon_test
+
+import (
+	"net"
+	"testing"
+
+	"keyturn/internal/daemon"
+)
+
+// TestListen: 0.0.0.0 is IPv4 only, as the manual says; an empty host and [::]
+// are everything.
+func TestListen(t *testing.T) {
+	for address, want := range map[string]string{"0.0.0.0:0": "0.0.0.0", "[::]:0": "::", ":0": "::", "127.0.0.1:0": "127.0.0.1"} {
+		ln, err := daemon.Listen(t.Context(), address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ln.Close()
+		if host, _, _ := net.SplitHostPort(ln.Addr().String()); host != want {
+			t.Errorf("%s listens at %s, want %s", address, host, want)
+		}
+	}
+}
