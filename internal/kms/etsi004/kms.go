@@ -31,6 +31,9 @@ const (
 	// maxCalls is the number of calls, and connections, under way to one KMS at
 	// a time, however many peers use it.
 	maxCalls = 16
+	// maxLooks is how many of them may be looks at streams: a KMS may take its
+	// time over each whose peer is absent.
+	maxLooks = maxCalls / 4
 	maxSAE   = 1024 // bytes
 	maxURIs  = 16
 )
@@ -67,6 +70,7 @@ type KMS struct {
 	timeout time.Duration
 	dial    func(ctx context.Context, network, address string) (net.Conn, error)
 	slots   chan struct{} // one for each call under way
+	looks   chan struct{} // one for each of them that Keep makes
 	sources atomic.Int64  // open ones
 
 	mu     sync.Mutex // guards down and idle of uris, and what follows
@@ -86,7 +90,10 @@ var _ kms.System = (*KMS)(nil)
 
 // New checks c and reads the files that it names. It does not connect.
 func New(c Config) (*KMS, error) {
-	k := &KMS{timeout: c.Timeout, dial: c.Dial, slots: make(chan struct{}, maxCalls), known: make(map[streamID]string)}
+	k := &KMS{
+		timeout: c.Timeout, dial: c.Dial, known: make(map[streamID]string),
+		slots: make(chan struct{}, maxCalls), looks: make(chan struct{}, maxLooks),
+	}
 	for i := range dialects {
 		if dialects[i].name == c.Dialect {
 			k.dialect = &dialects[i]

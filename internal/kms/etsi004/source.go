@@ -384,6 +384,13 @@ func (s *Source) Keep(ctx context.Context) {
 }
 
 func (s *Source) keep(ctx context.Context) error {
+	// As long as it takes: nobody waits for a look.
+	select {
+	case s.kms.looks <- struct{}{}:
+		defer func() { <-s.kms.looks }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 	return s.kms.each(ctx, func(ctx context.Context, e *endpoint) error {
 		release, err := s.take(ctx)
 		if err != nil {

@@ -769,6 +769,57 @@ func TestBusy(t *testing.T) {
 	})
 }
 
+// TestAbsentPeers: a KMS that waits for absent peers as long as it may does not
+// keep the keys of one that is there.
+func TestAbsentPeers(t *testing.T) {
+	inDialects(t, func(t *testing.T, n *network, d *dialect) {
+		absent, looked := false, make(map[string]bool)
+		h, _ := n.serve(kmeA, easy(d, func(r request) answer {
+			if r.service != 2 || !absent {
+				return nil
+			}
+			looked[string(r.id())] = true
+			return func(c net.Conn) {
+				time.Sleep(DefaultTimeout / 5)
+				saysOpen(d, r, 1, 32, r.id())(c)
+			}
+		}))
+		k := n.kms("sae_a", Config{Dialect: d.name})
+		s, err := k.For("sae_b")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := s.Key(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		h.mu.Lock()
+		absent = true
+		h.mu.Unlock()
+		ctx, cancel := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		for i := range 60 {
+			other, err := k.For(fmt.Sprintf("sae_%d", i))
+			if err != nil {
+				t.Fatal(err)
+			}
+			running.Go(func() { other.(kms.Keeper).Keep(ctx) })
+		}
+		for range 20 {
+			time.Sleep(1500 * time.Millisecond)
+			began := time.Now()
+			if _, _, err := s.Key(t.Context()); err != nil || time.Since(began) != 0 {
+				t.Errorf("after %v: %v", time.Since(began), err)
+			}
+		}
+		time.Sleep(10 * time.Second)
+		cancel()
+		running.Wait()
+		if len(looked) < 60 {
+			t.Errorf("looked after %d streams of 60", len(looked))
+		}
+	})
+}
+
 func TestNew(t *testing.T) {
 	n := newNetwork(t)
 	good := Config{URIs: []string{kmeA}, SAE: "sae_a", Dialect: "forge-ed3", TLS: trusting(n.ca, n.ca.Client("sae_a"))}
