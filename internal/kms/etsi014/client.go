@@ -33,9 +33,10 @@ func newClient(k *KMS, peer string) *Client {
 }
 
 // Key implements kms.Source by "Get key" (ETSI GS QKD 014 V1.1.1, 5.3). Calls
-// at the same time share a request where the KME allows it. One lasts at most
-// one timeout for each URI, and another to wait for its turn; twice that where
-// it first waits for the request of others, or is refused a share in it.
+// at the same time share a request where the KME allows it. A request lasts at
+// most one timeout for each URI, and another to wait for its turn. A call waits
+// for that of others for at most a quarter of the timeout and then takes one;
+// two where it shared the first and the KME gave fewer keys than were asked for.
 func (c *Client) Key(ctx context.Context) (string, *psk.Key, error) {
 	d := delivery{err: errAlone}
 	if c.enter() {

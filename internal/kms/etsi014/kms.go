@@ -7,6 +7,7 @@
 package etsi014
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -46,9 +47,10 @@ type Config struct {
 // KMS is one key management system and the connections to it, shared by the
 // sources of all peers.
 type KMS struct {
-	sae  string
-	post bool
-	http *kmshttp.Client
+	sae      string
+	post     bool
+	patience time.Duration // for a request of others, before one's own is sent
+	http     *kmshttp.Client
 }
 
 // New checks c and reads the files that it names. It does not connect.
@@ -67,7 +69,10 @@ func New(c Config) (*KMS, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &KMS{sae: c.SAE, post: c.Method == http.MethodPost, http: h}, nil
+	return &KMS{
+		sae: c.SAE, post: c.Method == http.MethodPost, http: h,
+		patience: cmp.Or(c.Timeout, kmshttp.DefaultTimeout) / 4,
+	}, nil
 }
 
 // For returns the source of the keys shared with a peer. It costs a few words

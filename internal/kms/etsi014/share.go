@@ -28,12 +28,13 @@ type sharing struct {
 	busy sync.WaitGroup // the goroutines below
 
 	mu      sync.Mutex
-	calls   int       // of Key, under way
-	most    int       // keys in one answer, as the KME told; 0: it has not
-	alone   time.Time // until then everybody asks for one key
-	queue   []*waiter // in the order in which they came
-	serving bool      // whether a goroutine serves the queue
-	cancel  context.CancelFunc
+	calls   int                // of Key, under way
+	most    int                // keys in one answer, as the KME told; 0: it has not
+	alone   time.Time          // until then everybody asks for one key
+	queue   []*waiter          // in the order in which they came
+	serving bool               // whether a goroutine serves the queue
+	began   time.Time          // the request under way
+	cancel  context.CancelFunc // of it; nil: there is none
 }
 
 // waiter is a call that waits for its key.
@@ -54,8 +55,8 @@ type namedKey struct {
 	key *psk.Key
 }
 
-// errAlone sends a waiter to ask for its key by itself.
-var errAlone = errors.New("this KME gives one key at a time")
+// errAlone sends a call to ask for its key by itself.
+var errAlone = errors.New("nobody to share a request with")
 
 // enter counts a call of Key and says whether it may share a request. The first
 // call that is not alone has the KME asked how many keys it gives at a time,
@@ -96,47 +97,88 @@ func (c *Client) learn() {
 
 // share waits for a key of a request that is shared with others.
 func (c *Client) share(ctx context.Context) delivery {
-	w := &waiter{got: make(chan delivery, 1)}
+	w, tired := c.join()
+	if w == nil {
+		return delivery{err: errAlone}
+	}
+	for {
+		var why error
+		select {
+		case d := <-w.got:
+			return d
+		case <-tired:
+			why = errAlone
+		case <-ctx.Done():
+			why = context.Cause(ctx)
+		}
+		if d, ok := c.withdraw(w, why); ok {
+			return d
+		}
+	}
+}
+
+// join puts a call into the queue for the next request; w is nil where that has
+// no room for it. Once tired fires, the one under way has lasted too long.
+func (c *Client) join() (w *waiter, tired <-chan time.Time) {
 	c.mu.Lock()
+	defer c.mu.Unlock()
+	gathered := 0
+	for _, w := range c.queue {
+		if !w.asked {
+			gathered++
+		}
+	}
+	if gathered >= c.most {
+		return nil, nil
+	}
+	if c.cancel != nil {
+		tired = time.After(time.Until(c.began.Add(c.kms.patience)))
+	}
+	w = &waiter{got: make(chan delivery, 1)}
 	c.queue = append(c.queue, w)
 	if !c.serving {
 		c.serving = true
 		c.busy.Go(c.serve)
 	}
-	c.mu.Unlock()
-	select {
-	case d := <-w.got:
-		return d
-	case <-ctx.Done():
-	}
+	return w, tired
+}
+
+// withdraw takes w out of the queue and says what its call gets: why, unless a
+// delivery was faster. Once its key is asked for, w does not go to ask alone,
+// and ok is false.
+func (c *Client) withdraw(w *waiter, why error) (d delivery, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	select {
-	case d := <-w.got: // it was faster
-		return d
+	case d := <-w.got:
+		return d, true
 	default:
+	}
+	if w.asked && errors.Is(why, errAlone) {
+		return delivery{}, false
 	}
 	c.queue = slices.DeleteFunc(c.queue, func(o *waiter) bool { return o == w })
 	if len(c.queue) == 0 && c.cancel != nil {
 		c.cancel() // nobody is left who could use an answer
 	}
-	return delivery{err: context.Cause(ctx)}
+	return delivery{err: why}, true
 }
 
 // serve sends one request after the other until the queue is empty. Those who
-// come while one is under way share the next. When several keys were asked for
-// and fewer came, nobody shares for a while: some KMEs give one whatever they
-// said, or seldom have as many.
+// come while one is under way share the next; join sees to it that one is enough
+// for all of them. When several keys were asked for and fewer came, nobody
+// shares for a while: some KMEs give one whatever they said, or seldom have as
+// many.
 func (c *Client) serve() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for len(c.queue) > 0 {
-		n := min(len(c.queue), c.most)
-		for _, w := range c.queue[:n] {
+		n := len(c.queue)
+		for _, w := range c.queue {
 			w.asked = true
 		}
 		ctx, cancel := context.WithCancel(c.life)
-		c.cancel = cancel
+		c.began, c.cancel = time.Now(), cancel
 		c.mu.Unlock()
 		keys, tookNothing, err := c.fetch(ctx, n)
 		c.mu.Lock()

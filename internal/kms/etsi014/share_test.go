@@ -21,12 +21,12 @@ import (
 	"keyturn/internal/psk"
 )
 
-// supply is a KME that says how many keys it gives at a time and takes a second
-// for whatever it is asked.
+// supply is a KME that says how many keys it gives at a time.
 type supply struct {
-	says  int                    // max_key_per_request
-	gives func(asked int) int    // keys for so many asked; nil: as many
-	fail  func(asked int) string // "", or the whole answer to so many; nil: none
+	says  int                           // max_key_per_request
+	takes func(asked int) time.Duration // for so many keys, 0: a status; nil: a second
+	gives func(asked int) int           // keys for so many asked; nil: as many
+	fail  func(asked int) string        // "", or the whole answer to so many; nil: none
 
 	mu   sync.Mutex
 	made int
@@ -40,8 +40,18 @@ func keyOf(id string) string {
 }
 
 func (s *supply) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	number, _ := strconv.Atoi(r.URL.Query().Get("number"))
+	if r.Method == http.MethodPost {
+		var body struct{ Number int }
+		_ = json.NewDecoder(r.Body).Decode(&body)
+		number = body.Number
+	}
+	takes := time.Second // virtual
+	if s.takes != nil {
+		takes = s.takes(number)
+	}
 	select {
-	case <-time.After(time.Second): // virtual
+	case <-time.After(takes):
 	case <-r.Context().Done():
 		s.mu.Lock()
 		s.gone++
@@ -51,12 +61,6 @@ func (s *supply) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if strings.HasSuffix(r.URL.Path, "/status") {
 		fmt.Fprintf(w, `{"max_key_per_request":%d}`, s.says)
 		return
-	}
-	number, _ := strconv.Atoi(r.URL.Query().Get("number"))
-	if r.Method == http.MethodPost {
-		var body struct{ Number int }
-		_ = json.NewDecoder(r.Body).Decode(&body)
-		number = body.Number
 	}
 	if s.fail != nil {
 		if answer := s.fail(number); answer != "" {
@@ -88,6 +92,7 @@ type callers struct {
 	mu   sync.Mutex
 	ids  []string
 	errs []string
+	took []time.Duration // by each call
 }
 
 func newCallers(t *testing.T, kme *supply, c Config) *callers {
@@ -100,9 +105,11 @@ func newCallers(t *testing.T, kme *supply, c Config) *callers {
 func (c *callers) call(ctx context.Context, n int) {
 	for range n {
 		c.wait.Go(func() {
+			began := time.Now()
 			id, key, err := c.s.Key(ctx)
 			c.mu.Lock()
 			defer c.mu.Unlock()
+			c.took = append(c.took, time.Since(began))
 			if err != nil {
 				if key != nil || id != "" {
 					c.t.Error("something beside the error")
@@ -143,7 +150,7 @@ func (c *callers) end(asked []int, keys int, errs ...string) {
 	if diff := cmp.Diff(errs, c.errs); diff != "" {
 		c.t.Errorf("errors (-want +got):\n%s", diff)
 	}
-	c.ids, c.errs = nil, nil
+	c.ids, c.errs, c.took = nil, nil, nil
 	c.host.mu.Lock()
 	c.host.requests = nil
 	c.host.mu.Unlock()
@@ -159,22 +166,34 @@ func (c *callers) meet() {
 	if seen := c.host.seen(); len(seen) != 3 || len(c.ids) != 2 {
 		c.t.Fatalf("the first two calls made %d requests and got %d keys", len(seen), len(c.ids))
 	}
-	c.ids = nil
+	c.ids, c.took = nil, nil
 	c.host.mu.Lock()
 	c.host.requests = nil
 	c.host.mu.Unlock()
 }
 
+// lasted waits for the calls and compares how long each took, the shortest
+// first.
+func (c *callers) lasted(want ...time.Duration) {
+	c.t.Helper()
+	c.wait.Wait()
+	slices.Sort(c.took)
+	if diff := cmp.Diff(want, c.took); diff != "" {
+		c.t.Errorf("calls lasted (-want +got):\n%s", diff)
+	}
+}
+
 // TestShared: calls that come while a request is under way share the next one,
-// as far as the KME, and maxShared, allow.
+// as far as the KME, and maxShared, allow. Who does not fit into it asks alone at
+// once, so that nobody waits for two requests of others.
 func TestShared(t *testing.T) {
 	for _, tt := range []struct {
 		says, calls int
 		asked       []int
 	}{
 		{128, 4, []int{1, 4}},
-		{2, 5, []int{1, 2, 2, 1}},
-		{1 << 40, 40, []int{1, 16, 16, 8}},
+		{2, 5, []int{1, 1, 1, 1, 2}},
+		{1 << 40, 20, []int{1, 1, 1, 1, 1, 16}},
 		{1, 2, []int{1, 1, 1}},
 		{0, 2, []int{1, 1, 1}}, // some send zeros whatever is true
 		{-7, 2, []int{1, 1, 1}},
@@ -186,11 +205,58 @@ func TestShared(t *testing.T) {
 					c.meet()
 					c.call(t.Context(), 1)
 					c.call(t.Context(), tt.calls)
+					began := time.Now()
 					c.end(tt.asked, 1+tt.calls)
+					if took := time.Since(began); took > 2*time.Second {
+						t.Errorf("keys took %v", took)
+					}
 				})
 			})
 		}
 	}
+}
+
+// TestPatience: nobody waits longer than a quarter of the timeout for a request
+// of others, so that sharing costs no call more than that.
+func TestPatience(t *testing.T) {
+	const ms = time.Millisecond
+	synctest.Test(t, func(t *testing.T) {
+		kme := &supply{says: 128}
+		c := newCallers(t, kme, Config{Timeout: 5 * time.Second})
+		c.meet()
+
+		// All requests are slow.
+		kme.takes = func(int) time.Duration { return 4 * time.Second }
+		c.call(t.Context(), 1)
+		c.call(t.Context(), 1)
+		time.Sleep(1000 * ms)
+		c.call(t.Context(), 1) // 250 ms before it is too late
+		time.Sleep(1000 * ms)
+		c.call(t.Context(), 1) // after it
+		c.lasted(4000*ms, 4000*ms, 4250*ms, 5250*ms)
+		c.end([]int{1, 1, 1, 1}, 4)
+
+		// Whose key is asked for already does not ask again.
+		kme.takes = func(asked int) time.Duration { return time.Duration(asked) * time.Second }
+		c.call(t.Context(), 1)
+		c.call(t.Context(), 3)
+		c.lasted(1000*ms, 4000*ms, 4000*ms, 4000*ms)
+		c.end([]int{1, 3}, 4)
+
+		// Nor does a request go on whose caller has gone, when the last of those
+		// that waited for it asks alone.
+		kme.takes = func(int) time.Duration { return 4 * time.Second }
+		ctx, cancel := context.WithCancel(t.Context())
+		c.call(ctx, 1)
+		c.call(t.Context(), 1)
+		cancel()
+		c.lasted(0, 5250*ms)
+		c.end([]int{1, 1}, 1, "fetch key: context canceled")
+		synctest.Wait()
+		if kme.gone != 1 {
+			t.Errorf("%d requests were given up, want 1", kme.gone)
+		}
+	})
 }
 
 // TestAloneNobodyAsks: as long as nobody meets there is nothing to share, and
@@ -417,6 +483,7 @@ func TestDeliveryIsFaster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		keys := someKeys(t, 2)
 		c := newClient(nil, "sae_002")
+		c.most = 2
 		c.serving = true // by this test
 		ctx, cancel := context.WithCancel(t.Context())
 		got := make(chan delivery)
