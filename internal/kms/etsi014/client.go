@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"strconv"
 	"strings"
@@ -56,10 +57,17 @@ func (c *Client) Key(ctx context.Context) (string, *psk.Key, error) {
 }
 
 // fetch asks for n fresh keys and returns one to n of them, or an error.
-// tookNothing says that a KME answered and gave none: asking again costs none.
+// tookNothing says that whoever may have heard the request answered that it
+// gives none: asking again costs none.
 func (c *Client) fetch(ctx context.Context, n int) (keys []namedKey, tookNothing bool, err error) {
+	sent, denied := 0, 0 // to so many URIs, by so many
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(httptrace.GotConnInfo) { sent++ },
+	})
 	r := c.request("enc_keys", func(status int) error {
-		tookNothing = status < 500 || status == http.StatusServiceUnavailable
+		if status < 500 || status == http.StatusServiceUnavailable {
+			denied++
+		}
 		return keyStatus(status)
 	})
 	if c.kms.post {
@@ -69,7 +77,7 @@ func (c *Client) fetch(ctx context.Context, n int) (keys []namedKey, tookNothing
 	}
 	a, err := c.kms.http.Do(ctx, r)
 	if err != nil {
-		return nil, tookNothing, err
+		return nil, denied > 0 && denied == sent, err
 	}
 	defer clear(a.Body)
 	keys, err = decodeKeys(a.Body)

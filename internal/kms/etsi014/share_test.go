@@ -411,6 +411,50 @@ func TestSharedLoss(t *testing.T) {
 	}
 }
 
+// TestSharedLossAtOne: nor is it repeated where only one of several URIs may have
+// lost its answer.
+func TestSharedLossAtOne(t *testing.T) {
+	const no, cut, gateway = "HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n",
+		"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{", "HTTP/1.1 502 No\r\nContent-Length: 0\r\n\r\n"
+	for _, tt := range []struct {
+		name, a, b string
+		keys       int
+	}{
+		{"second", no, cut, 1},
+		{"first", cut, no, 1},
+		{"gateway first", gateway, no, 1},
+		{"neither", no, no, 4},
+		{"nobody there", no, "", 4},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := newNetwork(t)
+				serve := func(name, answer string) *host {
+					kme := &supply{says: 128, fail: func(asked int) string {
+						if asked == 1 {
+							return ""
+						}
+						return answer
+					}}
+					return n.serve(name, kme.ServeHTTP)
+				}
+				c := &callers{t: t, host: serve("kme-a", tt.a)}
+				if tt.b != "" {
+					serve("kme-b", tt.b)
+				}
+				c.s = n.source(Config{URIs: []string{"https://kme-a", "https://kme-b"}})
+				c.meet()
+				c.call(t.Context(), 1)
+				c.call(t.Context(), 3)
+				c.wait.Wait()
+				if len(c.took) != 4 || 4-len(c.errs) != tt.keys {
+					t.Errorf("%d of %d calls got no key, want %d", len(c.errs), len(c.took), 4-tt.keys)
+				}
+			})
+		})
+	}
+}
+
 // TestSharedAlone: when a request for one fails, those who gathered meanwhile
 // are not told so, but share the next.
 func TestSharedAlone(t *testing.T) {
