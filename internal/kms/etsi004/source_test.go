@@ -814,6 +814,8 @@ func TestAbsentPeers(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		cancel()
 		running.Wait()
+		h.mu.Lock()
+		defer h.mu.Unlock()
 		if len(looked) < 60 {
 			t.Errorf("looked after %d streams of 60", len(looked))
 		}
