@@ -607,7 +607,7 @@ func (g *KeyGenerator) combine(r *round, ciphertexts [][]byte, f *wire.Finish) (
 	if r.sources.QKD() {
 		secrets = append(secrets, r.qkd.Clone())
 	}
-	key, err := psk.Combiner(g.tunnel.config.Parameters.Combiner).Combine(secrets, wire.Transcript(r.propose, r.reply, f))
+	key, err := psk.Combiner(g.tunnel.config.Parameters.Combiner).Combine(secrets, g.transcript(r, f))
 	if err != nil {
 		return nil, fmt.Errorf("combine: %w", err)
 	}
@@ -618,11 +618,15 @@ func (g *KeyGenerator) combine(r *round, ciphertexts [][]byte, f *wire.Finish) (
 	return key, nil
 }
 
+func (g *KeyGenerator) transcript(r *round, f *wire.Finish) [32]byte {
+	return wire.Transcript(g.tunnel.config.Parameters.Require, r.propose, r.reply, f)
+}
+
 func (g *KeyGenerator) context(r *round, f *wire.Finish) psk.DigestContext {
 	c := &g.tunnel.config
 	context := psk.DigestContext{
 		Session: g.tunnel.session, Serial: r.serial, Sources: uint16(r.reply.Sources),
-		Transcript: wire.Transcript(r.propose, r.reply, f),
+		Transcript: g.transcript(r, f),
 	}
 	context.ClientSAE, context.ServerSAE = roles(c.Role, c.Parameters.SAE, c.Parameters.PeerSAE)
 	context.ClientIdentity, context.ServerIdentity = roles(c.Role, c.Identity, g.tunnel.peer)

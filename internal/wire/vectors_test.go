@@ -21,7 +21,7 @@ const (
 # message: the name; the fields as JSON, byte strings in hex and durations in
 # milliseconds (their order on the wire is that of the protocol's tables, not
 # this one: a version comes first); the encoding in hex.
-# transcript: of the propose, reply and finish that stand first.
+# transcript: of the propose, reply and finish that stand first, under require: qkd.
 # invalid: what this implementation says; the encoding that it refuses.
 `
 )
@@ -78,7 +78,7 @@ func vectors(t *testing.T) string {
 		fmt.Fprintf(&b, "\nmessage %v\n%s\n%x\n", m.kind(), fields, encoded)
 	}
 	e := every()
-	fmt.Fprintf(&b, "\ntranscript\n%x\n", Transcript(e[2].(*Propose), e[3].(*Reply), e[4].(*Finish)))
+	fmt.Fprintf(&b, "\ntranscript\n%x\n", Transcript(1, e[2].(*Propose), e[3].(*Reply), e[4].(*Finish)))
 	for _, in := range refused(t) {
 		if len(in.in) > 0 && len(in.in) < 300 {
 			fmt.Fprintf(&b, "\ninvalid\n%s\n%x\n", in.want, in.in)

@@ -335,15 +335,18 @@ func TestDecodeCopies(t *testing.T) {
 func TestTranscript(t *testing.T) {
 	e := every()
 	p, r, f := *e[2].(*Propose), *e[3].(*Reply), *e[4].(*Finish)
-	base := Transcript(&p, &r, &f)
+	base := Transcript(1, &p, &r, &f)
 
 	other := f
 	other.Digest = [32]byte{}
-	if Transcript(&p, &r, &other) != base {
+	if Transcript(1, &p, &r, &other) != base {
 		t.Error("the transcript covers the digest of finish, which covers it")
 	}
 	if f.Digest == [32]byte{} {
 		t.Error("the transcript erased the digest of finish")
+	}
+	if Transcript(2, &p, &r, &f) == base {
+		t.Error("the transcript does not cover the policy")
 	}
 	for name, change := range map[string]func(p *Propose, r *Reply, f *Finish){
 		"propose key id":                 func(p *Propose, _ *Reply, _ *Finish) { p.KeyID += "x" },
@@ -356,7 +359,7 @@ func TestTranscript(t *testing.T) {
 	} {
 		p, r, f := p, r, f
 		change(&p, &r, &f)
-		if Transcript(&p, &r, &f) == base {
+		if Transcript(1, &p, &r, &f) == base {
 			t.Errorf("the transcript does not cover: %s", name)
 		}
 	}
