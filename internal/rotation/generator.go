@@ -191,7 +191,7 @@ func (g *KeyGenerator) fill() {
 		r := &round{since: g.now, sources: g.all()}
 		g.rounds = append(g.rounds, r)
 		if less := r.sources &^ g.suspect; less != r.sources {
-			g.leaveOut(r, less, "the last key differed at the two ends")
+			g.leaveOut(r, less, "the last round failed: "+g.lastError)
 			g.suspect = 0
 		}
 		switch {
