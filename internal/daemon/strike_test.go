@@ -336,7 +336,10 @@ func faults() []fault {
 		{name: "tunnel loses", lasts: partition, begin: spoil(onlyTunnel, true)},
 		{name: "network loses", lasts: partition, begin: spoil(network, true)},
 		{name: "link repeats and reorders", lossless: true, lasts: partition, begin: spoil(onlyLink, false)},
-		{name: "network repeats and reorders", lossless: true, lasts: partition, begin: spoil(network, false)},
+		// Not without loss: WireGuard alone loses 66 of 360,000 pings where a
+		// tenth to a half of its datagrams come up to half a second late, for
+		// they are handshakes as well.
+		{name: "network repeats and reorders", lasts: partition, begin: spoil(network, false)},
 		{name: "crash", lossless: true, ends: true, lasts: downtime, begin: (*week).crash},
 		{name: "reboot", ends: true, lasts: downtime, begin: func(w *week, end int) func() { return w.reboot(end, nil) }},
 		// A snapshot's keys are gone at the other end: without a link beside
