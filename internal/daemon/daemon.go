@@ -110,7 +110,7 @@ func ReadIdentity(c *config.Config) (*link.Identity, error) {
 }
 
 // OpenDevice opens the interface and judges the configuration by it.
-func OpenDevice(c *config.Config) (wg.Device, error) {
+func OpenDevice(c *config.Config) (*wg.System, error) {
 	device, err := wg.Open(c.Interface)
 	if err == nil {
 		var dump *wg.Dump

@@ -339,8 +339,27 @@ func (h *host) SetPSK(peer wg.PublicKey, k *psk.Key) error {
 // Probe implements wg.Device.
 func (h *host) Probe(wg.PublicKey) error { return h.inject(kindProbe, nil) }
 
-// Close implements wg.Device: the interface goes on.
-func (h *host) Close() error { return nil }
+// Renew implements wg.Device.
+func (h *host) Renew(peer wg.PublicKey) error {
+	d, err := h.Dump()
+	if err != nil {
+		return err
+	}
+	defer d.Wipe()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	p, ok := d.Peers[peer]
+	switch {
+	case h.device == nil:
+		return wg.ErrNoDevice
+	case !ok:
+		return wg.ErrNoPeer
+	}
+	err = h.configure(fmt.Sprintf("public_key=%x\nremove=true\npublic_key=%x\npreshared_key=%x\nendpoint=127.0.0.1:1\nallowed_ip=%v/32\n",
+		peer[:], peer[:], p.PSK.Bytes(), h.other().address()))
+	keep(h.device.LookupPeer(device.NoisePublicKey(peer)))
+	return err
+}
 
 // Device is the host's interface, for whoever has no process.
 func (h *host) Device() wg.Device { return h }

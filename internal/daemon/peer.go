@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -30,8 +31,8 @@ type peer struct {
 	role       rotation.Role
 	parameters wire.Parameters
 	pins       link.Pins
-	source     kms.Source // nil: no QKD
-	inside     bool
+	source     kms.Source     // nil: no QKD
+	allowed    []netip.Prefix // the peer's allowed IPs at the start
 	log        *slog.Logger
 
 	gen, sched *inbox
@@ -51,6 +52,7 @@ type peer struct {
 
 	connMu       sync.Mutex
 	conn         *link.Conn // the newest
+	inside       bool       // it runs, or would run, inside the tunnel
 	linkAt       time.Time  // of its last change
 	linkError    string
 	refused      bool // linkError says that the other end is not who it should be
@@ -261,6 +263,10 @@ func (p *peer) carry(f rotation.Effect, conn *link.Conn, fetches *fetcher) rotat
 		f.Key.Wipe()
 		p.rotator.poller.PollSoon() // read back
 		return rotation.Set{Token: f.Token, Err: err}
+	case rotation.Renew:
+		err := p.rotator.Device.Renew(p.key)
+		p.rotator.poller.PollSoon()
+		return rotation.Set{Token: f.Token, Err: err}
 	case rotation.Probe:
 		if err := p.rotator.Device.Probe(p.key); err != nil {
 			p.log.Warn("tunnel cannot be probed", "err", err)
@@ -457,15 +463,34 @@ func (p *peer) adopt(ctx context.Context, c *link.Conn) bool {
 	}
 	old := p.conn
 	p.conn, p.linkAt, p.linkError, p.refused = c, time.Now(), "", false
+	inside := p.runsInside(c)
 	p.connMu.Unlock()
 	if old != nil {
 		_ = old.Close()
 	}
 	p.log.Info("link is up", "remote", c.RemoteAddr().String())
 	for _, in := range []*inbox{p.gen, p.sched} {
-		in.deliver(ctx, rotation.LinkUp{Peer: c.Peer()}, c)
+		in.deliver(ctx, rotation.LinkUp{Peer: c.Peer(), Inside: inside}, c)
 	}
 	return true
+}
+
+// runsInside finds out whether a connection runs inside the tunnel, and warns
+// where the configuration could then close it for good: the address of a peer
+// that dials is known only now. The caller holds connMu.
+func (p *peer) runsInside(c *link.Conn) bool {
+	remote, err := netip.ParseAddrPort(c.RemoteAddr().String())
+	if err != nil {
+		return p.inside // no TCP: a test's
+	}
+	was := p.inside
+	inside, problems := p.config.CheckInsideAt(remote.Addr(), p.allowed)
+	if p.inside = inside; inside && !was {
+		for _, x := range problems {
+			p.log.Warn("link runs inside the tunnel", "err", x.Message)
+		}
+	}
+	return inside
 }
 
 // receive hands messages to the machines until the connection or ctx ends.
@@ -520,6 +545,7 @@ var messages = map[rotation.NoteKind]string{
 	rotation.NoteFailed:       "journal or WireGuard failed",
 	rotation.NoteSilent:       "peer's rotator is silent",
 	rotation.NoteGoodbye:      "peer's rotator says goodbye",
+	rotation.NoteRenewed:      "peer made anew in WireGuard",
 }
 
 // levels are those of the notes that are not for information.
@@ -533,6 +559,7 @@ var levels = map[rotation.NoteKind]slog.Level{
 	rotation.NoteForeign:     slog.LevelWarn,
 	rotation.NoteFailed:      slog.LevelWarn,
 	rotation.NoteSilent:      slog.LevelWarn,
+	rotation.NoteRenewed:     slog.LevelWarn,
 	rotation.NoteRefused:     slog.LevelError,
 	rotation.NoteMissing:     slog.LevelError,
 	rotation.NoteAging:       slog.LevelWarn,

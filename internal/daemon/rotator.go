@@ -123,7 +123,7 @@ func (r *Rotator) newPeer(c *config.Peer, now wg.Peer) (*peer, error) {
 	}
 	inside, _ := c.CheckInside(now.AllowedIPs)
 	p := &peer{
-		rotator: r, config: c, key: c.PublicKey, source: source, inside: inside,
+		rotator: r, config: c, key: c.PublicKey, source: source, inside: inside, allowed: now.AllowedIPs,
 		log:    limitLog(r.Log.With("peer", c.Name)),
 		gen:    newInbox(),
 		sched:  newInbox(),
@@ -147,6 +147,7 @@ func (r *Rotator) newPeer(c *config.Peer, now wg.Peer) (*peer, error) {
 		BlockStale: c.OnStale == config.StaleBlock,
 		BlockStart: c.Start == config.StartBlock,
 		Fallback:   c.Fallback == config.FallbackInitial,
+		Inside:     inside || c.Address == "",
 		Random:     rand.Reader,
 	}
 	if role == config.RoleClient {

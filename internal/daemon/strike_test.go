@@ -246,6 +246,13 @@ func (p *process) SetPSK(k wg.PublicKey, key *psk.Key) error {
 	return p.Device.SetPSK(k, key)
 }
 
+func (p *process) Renew(k wg.PublicKey) error {
+	if !p.step() {
+		return errDead
+	}
+	return p.Device.Renew(k)
+}
+
 func (p *process) Probe(k wg.PublicKey) error {
 	if !p.step() {
 		return errDead

@@ -159,6 +159,10 @@ func (s *KeyRotationScheduler) begin(op *operation) {
 		// J1: in the journal before commit is sent, and before the server sets it.
 		op.stage = saving
 		op.token = s.save()
+	case opRenew:
+		s.token++
+		op.stage, op.token = setting, s.token
+		s.out = append(s.out, Renew{op.token})
 	default:
 		s.setPSK()
 	}
@@ -225,6 +229,10 @@ func (s *KeyRotationScheduler) set(e Set) {
 		return
 	}
 	s.op = nil
+	if op.kind == opRenew {
+		s.renewed(e.Err)
+		return
+	}
 	s.reportNow = true
 	if e.Err != nil {
 		s.failedTo("set the PSK: " + e.Err.Error())

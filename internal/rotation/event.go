@@ -19,7 +19,8 @@ type (
 	// LinkUp says that an authenticated link to the peer stands. A new link
 	// replaces the old one.
 	LinkUp struct {
-		Peer [32]byte // link identity that the peer has proved: one of its pins
+		Peer   [32]byte // link identity that the peer has proved: one of its pins
+		Inside bool     // the link runs inside the tunnel
 	}
 	// LinkDown says that the link has gone.
 	LinkDown struct{}
@@ -61,7 +62,7 @@ type (
 		Token uint64
 		Err   error
 	}
-	// Set answers SetPSK.
+	// Set answers SetPSK and Renew.
 	Set struct {
 		Token uint64
 		Err   error
@@ -115,6 +116,10 @@ type (
 		Token uint64
 		Key   *psk.Key
 	}
+	// Renew removes the peer from WireGuard and adds it again as it was, so
+	// that WireGuard forgets the session and when the other end's last
+	// handshake began. It is answered by Set.
+	Renew struct{ Token uint64 }
 	// Probe sends one packet into the tunnel.
 	Probe struct{}
 	// Poll asks for a dump soon.
@@ -134,10 +139,15 @@ func (CloseLink) effect() {}
 func (Fetch) effect()     {}
 func (Save) effect()      {}
 func (SetPSK) effect()    {}
+func (Renew) effect()     {}
 func (Probe) effect()     {}
 func (Poll) effect()      {}
 func (Wake) effect()      {}
 func (Note) effect()      {}
+
+// NotRefused is the text of the NoteInstalled of a key that WireGuard was
+// thought to have refused.
+const NotRefused = "though WireGuard seemed to refuse"
 
 // NoteKind says what a Note is about.
 type NoteKind uint8
@@ -164,6 +174,7 @@ const (
 	NoteFailed                           // the journal or WireGuard failed
 	NoteSilent                           // the peer sent nothing for four heartbeats
 	NoteGoodbye                          // the peer stops on purpose
+	NoteRenewed                          // the peer was removed from WireGuard and added again
 )
 
 var noteNames = map[NoteKind]string{
@@ -172,6 +183,7 @@ var noteNames = map[NoteKind]string{
 	NoteDropped: "dropped", NoteRepairing: "repairing", NoteHunting: "hunting", NoteHuntEnded: "hunt ended",
 	NoteForeign: "foreign change", NoteMissing: "missing", NotePresent: "present", NoteAging: "aging", NoteStale: "stale",
 	NoteBlocked: "blocked", NoteFailed: "failed", NoteSilent: "silent", NoteGoodbye: "goodbye",
+	NoteRenewed: "renewed",
 }
 
 func (k NoteKind) String() string {

@@ -124,6 +124,18 @@ var mutations = []mutation{
 	{"a key that is too old to be set is not listed", "TestTrace", []edit{
 		{"scheduler.go", "Held: limit(s.held())", "Held: limit(t.held())"},
 	}},
+	{"what the peer tries in vain is begun here", "TestTrace|TestClock", []edit{
+		{"renew.go", "if !s.peerTrying() || !s.idle() || s.stopping {", "if true {"},
+	}},
+	{"an end whose clock went back makes the peer anew", "TestTrace|TestClock", []edit{
+		{"renew.go", "return s.unheeded() && (!s.tries().IsZero()", "return false && (!s.tries().IsZero()"},
+	}},
+	{"an end that hears nothing of a peer that tries makes it anew", "TestTrace|TestClock", []edit{
+		{"renew.go", "return s.peerTrying() && !s.idle() &&", "return false && s.peerTrying() && !s.idle() &&"},
+	}},
+	{"the server knocks without a link", "TestTrace|TestClock", []edit{
+		{"renew.go", "case s.tunnel.config.Role != Server ||", "case true ||"},
+	}},
 	{"a key that could not be set is tried again", "TestAdversary", []edit{
 		{"commit.go", "\t\t\tif r.failed {\n\t\t\t\treturn nil // it is tried again; a fresh key would fare no better\n\t\t\t}\n", "\t\t\tif r.failed {\n\t\t\t\tcontinue\n\t\t\t}\n"},
 		{"commit.go", "\tif failed {\n\t\treturn nil // it is tried again\n\t}\n", "\t_ = failed\n"},

@@ -32,7 +32,7 @@ func (s *KeyRotationScheduler) observe(o Observed) {
 	o.PSK = nil
 	s.last, s.lastPrint = o, print
 	if first {
-		s.ready = true
+		s.ready, s.born, s.received = true, o.Began, o.Began
 		s.judgeOnce(o)
 		s.start(key, print)
 		return
@@ -60,8 +60,9 @@ func (s *KeyRotationScheduler) handshake(previous, o Observed) {
 		s.alive = false // the peer or the interface was made anew
 		return
 	}
-	s.alive, s.handshakeAt = true, s.now
+	s.alive, s.handshakeAt, s.born = true, s.now, s.now
 	s.used = false
+	s.renewAt, s.helpAt = time.Time{}, time.Time{}
 	s.underFound = s.installed != nil && s.installed.found()
 	s.trying, s.unheard = [2]time.Time{}, [2]time.Time{}
 	if s.probeAt.After(s.now) {
@@ -96,7 +97,13 @@ func (s *KeyRotationScheduler) watch(previous, o Observed) {
 	// It then sends initiations, of 148 bytes each, and nothing else; a living
 	// one answers data within 10 s, with a keepalive at the least.
 	const initiation, retry = 148, 5 * time.Second
+	if o.Rx < previous.Rx || o.Tx < previous.Tx {
+		return // they count from zero again
+	}
 	received := o.Rx - previous.Rx
+	if received != 0 {
+		s.received = s.now
+	}
 	most := uint64(initiation * (1 + o.Began.Sub(previous.Began)/retry))
 	switch {
 	case received%initiation != 0 || received > most:
@@ -217,6 +224,7 @@ func (s *KeyRotationScheduler) readBack(key *psk.Key, print psk.Fingerprint, o O
 		if r.doubtful && r.print == print {
 			s.setAt = s.now
 			s.install(r)
+			s.note(NoteInstalled, r.name(), NotRefused)
 			s.reportNow = true
 			s.save()
 			return

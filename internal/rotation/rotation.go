@@ -70,6 +70,8 @@ const (
 	RekeyAfter    = 120 * time.Second       // WireGuard's REKEY_AFTER_TIME
 	HuntEvidence  = 10 * time.Second        // H1: two retries of 5 s: the third attempt has begun
 	DeadAfter     = 25 * time.Second        // H1: of sending unheard: WireGuard's 15 s and two retries
+	TryingAfter   = 7 * time.Second         // W1: an attempt and WireGuard's first retry had no success
+	RenewAfter    = 2 * time.Second         // W3: in which the other end may begin a handshake; 3 s at the client
 	HuntRepair    = 30 * time.Second        // H1: repair without success
 	ClientDwell   = 12 * time.Second        // H3
 	ServerDwell   = 40 * time.Second        // H3
@@ -87,9 +89,15 @@ const (
 	patience     = 6 * time.Second        // E2, E4: for a KMS that may be left out; the other end waits for 10 s
 	roundBackoff = 500 * time.Millisecond // after the first failed round, doubled up to:
 	roundMaxWait = 5 * time.Second
-	silentBeats  = 4  // L5: heartbeats that may be missing
-	maxRecords   = 16 // keys in the scheduler's hands, of which a few are usual
-	maxRounds    = 4  // rounds under way at once
+	tryingRecent = 15 * time.Second  // W1: since the last attempt; polls of hubs are 10 s apart
+	helpEvery    = 10 * time.Second  // W2: probes
+	knockFirst   = 10 * time.Second  // W4: from the loss of a link inside the tunnel to the server's first probe
+	knockEvery   = 150 * time.Second // W4: after each, WireGuard tries for 90 s
+	nearlyDead   = 10 * time.Second  // W3: of a session's life, in which the other end's view may be ahead
+	renewRetry   = time.Minute       // W3: after WireGuard refused
+	silentBeats  = 4                 // L5: heartbeats that may be missing
+	maxRecords   = 16                // keys in the scheduler's hands, of which a few are usual
+	maxRounds    = 4                 // rounds under way at once
 	maxHigh      = 1 << 62
 	remembered   = 64 // keys and key IDs, each, that must not come back
 )
@@ -110,6 +118,7 @@ type Config struct {
 	BlockStale bool      // on_stale: block
 	BlockStart bool      // start: block
 	Fallback   bool      // fallback: initial
+	Inside     bool      // until the first link: it runs inside the tunnel, or may
 	Random     io.Reader // session ids, KEM seeds, jitter; never fails
 }
 

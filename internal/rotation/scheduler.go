@@ -31,6 +31,8 @@ type KeyRotationScheduler struct {
 	used        bool         // a key was committed on this handshake
 	trying      [2]time.Time // first and last sign of handshake attempts since the session grew old
 	unheard     [2]time.Time // first and last sign of sending while nothing but handshakes is heard
+	received    time.Time    // the last sign of receiving anything
+	born        time.Time    // no session is younger: the last handshake, or the first dump
 
 	// What is set.
 	installed  *record // nil: nothing of ours, or blocked
@@ -73,6 +75,11 @@ type KeyRotationScheduler struct {
 	stepAt        time.Time
 	pollBefore    time.Time // a step waits for a dump that began after this
 	huntProbe     time.Time
+	told          bool      // the peer was told that handshakes are tried
+	helpAt        time.Time // no further probe for the peer's sake before
+	renewAt       time.Time // zero: no renewal is due
+	inside        bool      // the link runs inside the tunnel, or may
+	knockAt       time.Time // zero: there is a link
 	rotate        bool
 	restores      int
 	restoredAt    time.Time
@@ -91,6 +98,7 @@ const (
 	opRestore                   // set again what should be there
 	opStep                      // of a hunt
 	opBlock
+	opRenew // no record
 )
 
 type stage uint8
@@ -115,7 +123,7 @@ type operation struct {
 // NewKeyRotationScheduler returns the scheduler of a tunnel, waiting for the
 // first dump.
 func NewKeyRotationScheduler(t *Tunnel) *KeyRotationScheduler {
-	s := &KeyRotationScheduler{tunnel: t}
+	s := &KeyRotationScheduler{tunnel: t, inside: t.config.Inside}
 	if r := t.lastConfirmed(); r != nil {
 		s.confirmed, s.journaled = r.serial, r.serial
 	}
@@ -137,6 +145,7 @@ func (s *KeyRotationScheduler) Step(now time.Time, e Event) []Effect {
 	switch e := e.(type) {
 	case LinkUp:
 		s.linkDown()
+		s.inside = e.Inside
 		s.goodbye = false
 		s.heard = now
 	case LinkDown:
@@ -220,6 +229,9 @@ func (s *KeyRotationScheduler) advance() {
 	s.compare()
 	s.lead()
 	s.hunt()
+	s.help()
+	s.knock()
+	s.renew()
 	if s.due(s.probeAt) {
 		s.probeAt = time.Time{}
 		s.out = append(s.out, Probe{})
@@ -277,13 +289,15 @@ func (s *KeyRotationScheduler) report() {
 	if !t.linked || s.session == (wire.SessionID{}) {
 		return
 	}
-	if !s.reportNow && !s.reportAt.IsZero() && !s.due(s.reportAt) {
+	trying := s.tried()
+	if !s.reportNow && trying == s.told && !s.reportAt.IsZero() && !s.due(s.reportAt) {
 		return
 	}
+	s.told = trying
 	s.seq++
 	m := &wire.Report{
 		Session: s.session, Seq: s.seq, Interval: t.config.Heartbeat,
-		Blocked: s.blocked, Missing: !s.ready || s.absent > 1, Idle: s.idle(), Confirmed: s.journaled, Held: limit(s.held()),
+		Blocked: s.blocked, Missing: !s.ready || s.absent > 1, Trying: trying, Confirmed: s.journaled, Held: limit(s.held()),
 	}
 	if s.installed != nil {
 		m.Installed, m.Seen = s.installed.name(), s.installed.seen

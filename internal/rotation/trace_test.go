@@ -86,6 +86,12 @@ func (s *story) begin(t *testing.T, d *datadriven.TestData) {
 			o.Idle = true
 		case "inside":
 			o.Inside = true
+		case "listens":
+			end := rotationtest.Client
+			if value == "server" {
+				end = rotationtest.Server
+			}
+			o.Listens[end] = true
 		case "persistent":
 			o.Persistent = true
 		case "fallback":
@@ -361,7 +367,7 @@ var commands = map[string]func(args){
 	"forget":    func(a args) { a.end().Forget() },
 	"redial":    func(a args) { a.world.Redial() },
 	"rotate":    func(a args) { a.end().Rotate() },
-	"version":   func(a args) { a.end().Version(2) },
+	"version":   func(a args) { a.end().Version(1) },
 	"wg-set":    func(a args) { a.end().Foreign() },
 	"remove":    func(a args) { a.end().Gone = true },
 	"add":       func(a args) { a.end().Add() },

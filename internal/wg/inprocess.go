@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strconv"
 	"sync"
 	"time"
 
@@ -59,6 +60,39 @@ func (d *inProcess) SetPSK(peer PublicKey, key *psk.Key) error {
 	})
 }
 
+// Renew implements Device.
+func (d *inProcess) Renew(peer PublicKey) error {
+	dump, err := d.Dump()
+	if err != nil {
+		return err
+	}
+	defer dump.Wipe()
+	p, ok := dump.Peers[peer]
+	switch {
+	case !ok:
+		return ErrNoPeer
+	case len(p.AllowedIPs) > maxRenewedHere:
+		return ErrTooLarge
+	}
+	return d.set(func(c *uapiWriter) {
+		c.secret("public_key", peer[:])
+		c.line("remove", "true")
+		c.secret("public_key", peer[:])
+		c.secret("preshared_key", p.PSK.Bytes())
+		if p.Endpoint.IsValid() {
+			c.line("endpoint", p.Endpoint.String())
+		}
+		c.line("persistent_keepalive_interval", strconv.Itoa(int(p.Keepalive/time.Second)))
+		for _, a := range p.AllowedIPs {
+			c.line("allowed_ip", a.String())
+		}
+	})
+}
+
+// maxRenewedHere is how many allowed IPs a uapiWriter has room for, and more
+// than the peer of a Pair has.
+const maxRenewedHere = 32
+
 // Probe implements Device.
 func (d *inProcess) Probe(peer PublicKey) error {
 	if d.closed() {
@@ -66,9 +100,6 @@ func (d *inProcess) Probe(peer PublicKey) error {
 	}
 	return d.probe(peer)
 }
-
-// Close implements Device: the device itself is the Pair's.
-func (d *inProcess) Close() error { return nil }
 
 func (d *inProcess) closed() bool {
 	select {

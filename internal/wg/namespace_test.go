@@ -248,6 +248,27 @@ func userspaceDevice(t *testing.T) {
 		}
 		probe(t, peers[4])
 	})
+	t.Run("renew", func(t *testing.T) { checkRenew(t, d, peers[2]) })
+	t.Run("renew a peer with many allowed IPs", func(t *testing.T) {
+		var many strings.Builder
+		fmt.Fprintf(&many, "public_key=%s\n", hex.EncodeToString(peers[6][:]))
+		for i := range maxRenewed {
+			fmt.Fprintf(&many, "allowed_ip=10.2.0.%d/32\n", i)
+		}
+		if err := u.device.IpcSet(many.String()); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Renew(peers[6]); !errors.Is(err, ErrTooLarge) {
+			t.Errorf("%d allowed IPs: %v", maxRenewed+1, err)
+		}
+		if n := len(dump().Peers[peers[6]].AllowedIPs); n != maxRenewed+1 {
+			t.Errorf("%d allowed IPs are left", n)
+		}
+		if err := u.device.IpcSet(fmt.Sprintf("public_key=%s\nreplace_allowed_ips=true\nallowed_ip=10.2.0.0/24\n", hex.EncodeToString(peers[6][:]))); err != nil {
+			t.Fatal(err)
+		}
+		checkRenew(t, d, peers[6])
+	})
 	t.Run("probe nowhere", func(t *testing.T) {
 		if err := d.Probe(peers[5]); !errors.Is(err, ErrNoAddress) {
 			t.Errorf("peer without allowed IPs: %v", err)

@@ -3,6 +3,8 @@ package wg
 import (
 	"crypto/rand"
 	"errors"
+	"maps"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -349,7 +351,10 @@ func TestSetPSKLikeWireGuard(t *testing.T) {
 	known := p.B.PublicKey()
 	fake := NewFake(p.A.PublicKey(), Peer{PublicKey: known})
 	for name, d := range map[string]Device{"in-process": p.A.Device(), "fake": fake} {
-		t.Run(name, func(t *testing.T) { checkSetPSK(t, d, known) })
+		t.Run(name, func(t *testing.T) {
+			checkSetPSK(t, d, known)
+			checkRenew(t, d, known)
+		})
 	}
 	if got := fake.Sets(); len(got) != 2 || got[0].Peer != known {
 		t.Errorf("fake recorded %v", got)
@@ -393,4 +398,55 @@ func checkSetPSK(t *testing.T, d Device, known PublicKey) {
 		t.Errorf("missing peer: %v, want nil as from WireGuard", err)
 	}
 	read()
+}
+
+// checkRenew is what every Device does: the peer is as it was, but for what
+// WireGuard itself remembered, and nothing happens to the others.
+func checkRenew(t *testing.T, d Device, peer PublicKey) {
+	t.Helper()
+	read := func() *Dump {
+		t.Helper()
+		dump, err := d.Dump()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return dump
+	}
+	before := read()
+	if err := d.Renew(peer); err != nil {
+		t.Fatal(err)
+	}
+	after := read()
+	if len(after.Peers) != len(before.Peers) {
+		t.Errorf("%d peers, before %d", len(after.Peers), len(before.Peers))
+	}
+	for k, was := range before.Peers {
+		is := after.Peers[k]
+		if !is.PSK.Equal(was.PSK) || is.Endpoint != was.Endpoint || is.Keepalive != was.Keepalive || !sameSet(is.AllowedIPs, was.AllowedIPs) {
+			t.Errorf("peer %v: before %v %v %v, after %v %v %v", k, was.Endpoint, was.Keepalive, was.AllowedIPs, is.Endpoint, is.Keepalive, is.AllowedIPs)
+		}
+		if k == peer && (!is.Handshake.IsZero() || is.Rx+is.Tx != 0) {
+			t.Errorf("WireGuard remembers: handshake %v, rx %d, tx %d", is.Handshake, is.Rx, is.Tx)
+		}
+		if k != peer && (!is.Handshake.Equal(was.Handshake) || is.Tx < was.Tx) {
+			t.Errorf("peer %v was made anew as well", k)
+		}
+	}
+	if err := d.Renew(PublicKey{1}); !errors.Is(err, ErrNoPeer) {
+		t.Errorf("missing peer: %v", err)
+	}
+	if len(read().Peers) != len(before.Peers) {
+		t.Error("renewing a missing peer made it")
+	}
+}
+
+func sameSet(a, b []netip.Prefix) bool {
+	set := func(s []netip.Prefix) map[netip.Prefix]bool {
+		m := map[netip.Prefix]bool{}
+		for _, p := range s {
+			m[p] = true
+		}
+		return m
+	}
+	return len(a) == len(b) && maps.Equal(set(a), set(b))
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -27,8 +28,8 @@ const maxName = 15
 // process of a userspace device can be stopped while its socket still accepts.
 const callTimeout = 10 * time.Second
 
-// system is an interface of this machine, in the kernel or in userspace.
-type system struct {
+// System is an interface of this machine, in the kernel or in userspace.
+type System struct {
 	name string
 	// A wgctrl client serialises its calls. With a second one a key does
 	// not wait for a long dump.
@@ -42,12 +43,12 @@ type system struct {
 // Open returns the WireGuard interface of that name, which must exist and be
 // readable: the errors are ErrNoDevice, ErrPrivilege, ErrStaleSocket,
 // ErrTimeout, and a name that no interface can have. An interface that is
-// deleted later and made anew is found again by the same Device.
-func Open(name string) (Device, error) {
+// deleted later and made anew is found again by the same System.
+func Open(name string) (*System, error) {
 	if err := checkName(name); err != nil {
 		return nil, err
 	}
-	s := &system{name: name, dumps: newClient(), writes: newClient(), peers: make(map[PublicKey]struct{})}
+	s := &System{name: name, dumps: newClient(), writes: newClient(), peers: make(map[PublicKey]struct{})}
 	d, err := s.Dump()
 	if err != nil {
 		return nil, errors.Join(err, s.Close())
@@ -67,7 +68,7 @@ func checkName(name string) error {
 }
 
 // Dump implements Device.
-func (s *system) Dump() (*Dump, error) {
+func (s *System) Dump() (*Dump, error) {
 	d, err := call(s.dumps, func(c *wgctrl.Client) (*Dump, error) {
 		began := time.Now()
 		d, err := c.Device(s.name)
@@ -90,7 +91,7 @@ func (s *system) Dump() (*Dump, error) {
 }
 
 // SetPSK implements Device.
-func (s *system) SetPSK(peer PublicKey, key *psk.Key) error {
+func (s *System) SetPSK(peer PublicKey, key *psk.Key) error {
 	raw, err := presharedKey(key)
 	if err != nil {
 		return err
@@ -111,8 +112,57 @@ func (s *system) SetPSK(peer PublicKey, key *psk.Key) error {
 	return nil
 }
 
+// maxRenewed is how many allowed IPs fit into one call: wgctrl splits others,
+// and a process that ends between two calls would leave some out.
+const maxRenewed = 250
+
+// Renew implements Device.
+func (s *System) Renew(peer PublicKey) error {
+	_, err := call(s.writes, func(c *wgctrl.Client) (struct{}, error) {
+		return struct{}{}, renew(c, s.name, wgtypes.Key(peer))
+	})
+	if err != nil {
+		return s.explain("remove and add a peer of", err)
+	}
+	return nil
+}
+
+func renew(c *wgctrl.Client, name string, peer wgtypes.Key) error {
+	d, err := c.Device(name)
+	if err != nil {
+		return err
+	}
+	clear(d.PrivateKey[:])
+	defer func() {
+		for i := range d.Peers {
+			clear(d.Peers[i].PresharedKey[:])
+		}
+	}()
+	i := slices.IndexFunc(d.Peers, func(p wgtypes.Peer) bool { return p.PublicKey == peer })
+	if i < 0 {
+		return ErrNoPeer
+	}
+	p := &d.Peers[i]
+	if len(p.AllowedIPs) > maxRenewed {
+		return ErrTooLarge
+	}
+	add := wgtypes.PeerConfig{
+		PublicKey: peer, PresharedKey: &p.PresharedKey, Endpoint: p.Endpoint,
+		PersistentKeepaliveInterval: &p.PersistentKeepaliveInterval, ReplaceAllowedIPs: true, AllowedIPs: p.AllowedIPs,
+	}
+	err = c.ConfigureDevice(name, wgtypes.Config{Peers: []wgtypes.PeerConfig{{PublicKey: peer, Remove: true}, add}})
+	for range 3 {
+		if err == nil {
+			break
+		}
+		// It may be gone, and must not stay away. Where it is not, this changes nothing.
+		err = c.ConfigureDevice(name, wgtypes.Config{Peers: []wgtypes.PeerConfig{add}})
+	}
+	return err
+}
+
 // Probe implements Device.
-func (s *system) Probe(peer PublicKey) error {
+func (s *System) Probe(peer PublicKey) error {
 	s.mu.Lock()
 	_, known := s.peers[peer]
 	hosts := hostsOf(peer, s.routes)
@@ -126,17 +176,18 @@ func (s *system) Probe(peer PublicKey) error {
 	return sendProbe(s.name, hosts)
 }
 
-// Close implements Device.
-func (s *system) Close() error { return errors.Join(s.dumps.close(), s.writes.close()) }
+// Close gives up the access; the interface goes on.
+func (s *System) Close() error { return errors.Join(s.dumps.close(), s.writes.close()) }
 
 // explain says what an error of wgctrl means and what to do about it. Texts
 // that wgctrl made itself are dropped: they can quote a line of the device's
 // answer, and that line can hold a key.
-func (s *system) explain(doing string, err error) error {
+func (s *System) explain(doing string, err error) error {
 	socket := socketDirectory + "/" + s.name + ".sock"
 	var errno syscall.Errno
 	switch {
-	case errors.Is(err, ErrTimeout), errors.Is(err, os.ErrClosed), errors.Is(err, errNoAnswer):
+	case errors.Is(err, ErrTimeout), errors.Is(err, os.ErrClosed), errors.Is(err, errNoAnswer),
+		errors.Is(err, ErrNoPeer), errors.Is(err, ErrTooLarge):
 	case errors.Is(err, os.ErrNotExist):
 		err = ErrNoDevice
 	case errors.Is(err, os.ErrPermission):

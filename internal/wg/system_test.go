@@ -48,7 +48,7 @@ func TestCallTimesOut(t *testing.T) {
 }
 
 func TestExplain(t *testing.T) {
-	s := &system{name: "wg7"}
+	s := &System{name: "wg7"}
 	for _, c := range []struct {
 		err, is error
 		says    string

@@ -260,7 +260,7 @@ func (m *Report) fields(c *coder) {
 	c.named("installed", &m.Installed)
 	c.bool("blocked", &m.Blocked)
 	c.bool("missing", &m.Missing)
-	c.bool("idle", &m.Idle)
+	c.bool("trying", &m.Trying)
 	c.bool("seen", &m.Seen)
 	c.u64("confirmed", &m.Confirmed)
 	c.names("held", &m.Held)

@@ -10,7 +10,7 @@ import (
 )
 
 // Version is the version of the protocol that this package encodes.
-const Version = 1
+const Version = 2
 
 // Limits of the encoding. A message that breaks one is refused by Decode and
 // cannot be made by Encode.
@@ -194,7 +194,7 @@ type Report struct {
 	Installed Named         // zero fingerprint: no PSK, or one that this end does not know
 	Blocked   bool          // a random PSK closes the tunnel
 	Missing   bool          // WireGuard does not know the peer: nothing can be set here
-	Idle      bool          // no live session here
+	Trying    bool          // no live session here, and handshakes are tried without success
 	Seen      bool          // a later handshake was observed under Installed
 	Confirmed uint64        // highest confirmed serial in this end's journal
 	Held      []Named       // a set

@@ -31,7 +31,7 @@ const (
 )
 
 // openHere opens the first host's interface with the real adapter.
-func (l *lab) openHere() wg.Device {
+func (l *lab) openHere() *wg.System {
 	l.t.Helper()
 	d, err := wg.Open(wg0)
 	if err != nil {
@@ -46,7 +46,7 @@ func (l *lab) openHere() wg.Device {
 }
 
 // adapterPeer returns what the real adapter says of the second host.
-func (l *lab) adapterPeer(d wg.Device) wg.Peer {
+func (l *lab) adapterPeer(d *wg.System) wg.Peer {
 	l.t.Helper()
 	dump, err := d.Dump()
 	if err != nil {

@@ -74,7 +74,7 @@ func (e *End) Start() {
 	e.config = rotation.Config{
 		Role: role, Parameters: parameters(&w.Options, e.index), KEMs: []kem.Scheme{Sham},
 		Heartbeat: e.heartbeat(), MaxKeyAge: w.MaxKeyAge, Fallback: w.Fallback,
-		BlockStale: w.BlockStale, BlockStart: w.BlockStart, Random: w.random,
+		BlockStale: w.BlockStale, BlockStart: w.BlockStart, Inside: w.Inside, Random: w.random,
 	}
 	e.config.Identity = identity(e.index)
 	_, _ = w.random.Read(e.config.Boot[:])
@@ -466,6 +466,16 @@ func (e *End) effect(f rotation.Effect, generator bool) {
 			known += e.interval() + time.Second // by a dump
 		}
 		w.after(known, func() { e.blocked(f.Key) })
+	case rotation.Renew:
+		var err error
+		if e.DeviceBad || e.DeviceDoubt {
+			err = errFault
+		}
+		if !e.DeviceBad && !e.Gone {
+			w.trace("%s: removes the peer and adds it again", names[e.index])
+			e.forgetPeer(e.device.psk)
+		}
+		later(rotation.Set{Token: f.Token, Err: err})
 	case rotation.Probe:
 		w.trace("%s: probes the tunnel", names[e.index])
 		w.data(e, false)
@@ -504,7 +514,7 @@ func (e *End) noted(n rotation.Note) {
 		e.spent()
 	case rotation.NoteInstalled:
 		// Committed serials rise strictly, repair and hunt aside.
-		if n.Text != wire.ModeRepair.String() && n.Key.Serial <= e.last {
+		if n.Text != wire.ModeRepair.String() && n.Text != rotation.NotRefused && n.Key.Serial <= e.last {
 			w.fail("%s: committed %v after %d", names[e.index], n.Key, e.last)
 		}
 		e.last = n.Key.Serial

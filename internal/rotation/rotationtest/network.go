@@ -51,6 +51,9 @@ func (l *Link) send(w *World, from int, m wire.Message) {
 		l.waiting[to] = append(l.waiting[to], sent{m, l.number})
 		return
 	}
+	if w.Inside && !l.Cut {
+		w.data(w.Ends[from], false) // as much as the link's bytes are to WireGuard
+	}
 	if w.draw(l.Lose) {
 		l.holed = l.number
 		return
@@ -181,9 +184,9 @@ func (w *World) connect() {
 	}
 	l.up = [2]bool{true, true}
 	l.waiting = [2][]sent{}
-	w.Ends[Server].both(rotation.LinkUp{Peer: identity(Client)})
+	w.Ends[Server].both(rotation.LinkUp{Peer: identity(Client), Inside: w.Inside})
 	if l.up[Client] { // unless the server crashed over it
-		w.Ends[Client].both(rotation.LinkUp{Peer: identity(Server)})
+		w.Ends[Client].both(rotation.LinkUp{Peer: identity(Server), Inside: w.Inside})
 	}
 }
 
@@ -266,8 +269,10 @@ type device struct {
 	tried    time.Time
 	unheard  time.Time // first data sent since anything was heard
 	attempts uint64
-	pending  uint64 // attempt that message 2 may answer; zero: none, or overwritten by the peer's message 1
-	life     int    // packets under way to an earlier one are lost
+	pending  uint64    // attempt that message 2 may answer; zero: none, or overwritten by the peer's message 1
+	life     int       // packets under way to an earlier one are lost
+	heard    time.Time // when, by the other end's clock, its last initiation was made
+	kept     time.Time // when the last keepalive was sent
 }
 
 type session struct {
@@ -277,13 +282,16 @@ type session struct {
 }
 
 // reset is WireGuard without any memory but the configured PSK.
-func (e *End) reset() {
+func (e *End) reset() { e.forgetPeer(e.original) }
+
+// forgetPeer is a peer that is removed and added again.
+func (e *End) forgetPeer(k *psk.Key) {
 	for _, x := range e.world.Ends {
 		if s := x.device.session; s != nil {
 			s.known[e.index] = false
 		}
 	}
-	e.device = device{psk: e.original.Clone(), life: e.device.life + 1}
+	e.device = device{psk: k.Clone(), life: e.device.life + 1}
 }
 
 func (s *session) live(now time.Time) bool {
@@ -304,6 +312,32 @@ func (w *World) tunnelWorks() bool {
 // Works reports whether the tunnel carries packets now.
 func (w *World) Works() bool { return w.tunnelWorks() }
 
+// Behind reports whether WireGuard at either end refuses what the other begins,
+// whose clock has gone back.
+func (w *World) Behind() bool {
+	for i, e := range w.Ends {
+		if w.Ends[1-i].device.heard.After(e.wall()) {
+			return true
+		}
+	}
+	return false
+}
+
+// Outage runs for d and returns for how long at most the tunnel did not carry
+// packets.
+func (w *World) Outage(d time.Duration) (longest time.Duration) {
+	down := time.Duration(0)
+	const step = 100 * time.Millisecond
+	for range d / step {
+		w.Run(step)
+		if down += step; w.Reachable() {
+			down = 0
+		}
+		longest = max(longest, down)
+	}
+	return longest
+}
+
 // Reachable reports whether the tunnel carries packets, where it is idle with
 // the help of a packet that makes it try.
 func (w *World) Reachable() bool {
@@ -311,13 +345,6 @@ func (w *World) Reachable() bool {
 		w.data(w.Ends[Client], false)
 	}
 	return w.tunnelWorks()
-}
-
-// traffic is a ping in both directions.
-func (w *World) traffic() {
-	for _, e := range w.Ends {
-		w.data(e, true)
-	}
 }
 
 // data is one packet handed to WireGuard at an end.
@@ -342,13 +369,15 @@ func (w *World) data(e *End, ping bool) {
 		lost()
 		return
 	}
-	if d.session.initiator == e.index && w.Now.Sub(d.session.birth) >= rotation.RekeyAfter {
-		w.initiate(e)
-	}
+	w.refresh(e)
 	if d.unheard.IsZero() {
 		d.unheard = w.Now
-	} else if w.Now.Sub(d.unheard) >= 15*time.Second {
-		w.initiate(e)
+		life := d.life
+		w.after(15*time.Second, func() {
+			if e.device.life == life && e.device.unheard.Equal(w.Now.Add(-15*time.Second)) && !e.Gone && !e.asleep {
+				w.initiate(e)
+			}
+		})
 	}
 	d.tx += 128
 	s := d.session
@@ -372,7 +401,20 @@ func (w *World) data(e *End, ping bool) {
 		if d.session == s {
 			d.unheard = time.Time{} // the answer, or a keepalive
 		}
+		if w.Listens[peer.index] && w.Now.Sub(p.kept) >= 10*time.Second {
+			p.kept = w.Now
+			p.tx += 32
+			d.rx += 32
+			w.refresh(peer)
+		}
 	})
+}
+
+// refresh is what the initiator of a session does whenever it sends.
+func (w *World) refresh(e *End) {
+	if s := e.device.session; s != nil && s.initiator == e.index && w.Now.Sub(s.birth) >= rotation.RekeyAfter {
+		w.initiate(e)
+	}
 }
 
 // adopt is the responder's end of a handshake: the first packet of the new
@@ -431,6 +473,7 @@ func (w *World) message1(e *End) {
 	peer := w.Ends[1-e.index]
 	p := &peer.device
 	mine, theirs := d.life, p.life
+	made := e.wall()
 	gone := func() bool {
 		return d.life != mine || p.life != theirs || e.Gone || peer.Gone || e.asleep || peer.asleep
 	}
@@ -438,6 +481,10 @@ func (w *World) message1(e *End) {
 		if gone() {
 			return
 		}
+		if !made.After(p.heard) {
+			return // a replay, or made by a clock that has gone back: not even counted
+		}
+		p.heard = made
 		p.rx += 148
 		p.tx += 92
 		responder := p.psk.Fingerprint() // the responder reads its PSK here

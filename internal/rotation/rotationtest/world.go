@@ -25,8 +25,9 @@ import (
 // and one KEM, the link beside it.
 type Options struct {
 	Seed       uint64
-	Idle       bool // no traffic
-	Inside     bool // the link runs inside the tunnel
+	Idle       bool    // no traffic
+	Listens    [2]bool // an end that sends nothing of its own accord
+	Inside     bool    // the link runs inside the tunnel
 	Fallback   bool
 	Persistent bool    // the journal survives a reboot
 	Hub        [2]bool // an end has thousands of peers: see hubPoll
@@ -100,8 +101,17 @@ func New(o Options) *World {
 	}
 	w.Tunnel.delay = 10 * time.Millisecond
 	w.Link.delay = 15 * time.Millisecond
-	if !o.Idle {
-		w.every(time.Second, func() { w.traffic() })
+	for i, e := range w.Ends {
+		if o.Idle || o.Listens[i] {
+			continue
+		}
+		// Two machines do not begin in the same millisecond: their handshakes
+		// would cross, again and again.
+		var phase time.Duration
+		if i == Server && !o.Manual {
+			phase = time.Duration(w.rng.IntN(1000)) * time.Millisecond
+		}
+		w.after(phase, func() { w.every(time.Second, func() { w.data(e, true) }) })
 	}
 	w.every(500*time.Millisecond, func() { w.Link.heal(w) })
 	w.every(time.Second, w.checkApart)
