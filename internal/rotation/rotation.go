@@ -171,12 +171,13 @@ func (t *Tunnel) Session() (id wire.SessionID, accepted bool) { return t.session
 // Differences returns what the last bootstrap refused, nil if it did not.
 func (t *Tunnel) Differences() []wire.Difference { return t.differences }
 
-// held names every key this end could set, lowest serial first. A key that
-// could not be set is not listed (R1).
+// held names every key this end could set, lowest serial first. One that the
+// server could not set is not listed (R1). The client, which chooses, knows its
+// own, and lists them: they may be set all the same.
 func (t *Tunnel) held() []wire.Named {
 	var names []wire.Named
 	for _, r := range t.records {
-		if !r.failed && r.listed(t.config.Fallback) {
+		if (!r.failed || t.config.Role == Client) && r.listed(t.config.Fallback) {
 			names = append(names, r.name())
 		}
 	}
