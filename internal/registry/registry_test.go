@@ -214,7 +214,51 @@ func TestLockIsHeldByOne(t *testing.T) {
 	if err != nil {
 		t.Fatalf("lock after its release: %v", err)
 	}
+	if !Locked(dir, "wg0") {
+		t.Error("a lock that is held is not seen")
+	}
 	again.Release()
+	if Locked(dir, "wg0") {
+		t.Error("a lock that was released is still seen")
+	}
+}
+
+// TestLockFileRemoved: a lock on a file that its holder has removed meanwhile
+// would be worth nothing beside one on the file that the next one makes.
+func TestLockFileRemoved(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "run")
+	for range 200 {
+		first, err := TakeLock(dir, "wg0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		removed := make(chan error, 1)
+		go func() {
+			err := first.Remove()
+			os.Remove(dir)
+			removed <- err
+		}()
+		var held []*Lock
+		for range 100 {
+			if l, err := TakeLock(dir, "wg0"); err == nil {
+				held = append(held, l)
+			} else if !errors.Is(err, ErrLocked) {
+				t.Fatal(err)
+			}
+		}
+		if err := <-removed; err != nil {
+			t.Fatal(err)
+		}
+		if len(held) > 1 {
+			t.Fatalf("%d locks are held at one time", len(held))
+		}
+		for _, l := range held {
+			l.Release()
+		}
+	}
+	if Locked(filepath.Join(t.TempDir(), "none"), "wg0") {
+		t.Error("a lock is held where there is no directory")
+	}
 }
 
 func FuzzEntry(f *testing.F) {
