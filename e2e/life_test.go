@@ -144,12 +144,12 @@ func TestVanished(t *testing.T) {
 	a.ping(b).stop().mustBeComplete(t)
 }
 
-// mustForget fails the test if anything of a rotator is left but its lock.
+// mustForget fails the test if anything of a rotator is left.
 func mustForget(t *testing.T, h *host) {
 	t.Helper()
 	for _, dir := range []string{"run", "state", "log"} {
 		err := filepath.WalkDir(h.path(dir), func(path string, d fs.DirEntry, err error) error {
-			if err == nil && strings.HasPrefix(d.Name(), wg0) && filepath.Ext(path) != ".lock" {
+			if err == nil && strings.HasPrefix(d.Name(), wg0) {
 				t.Errorf("rm leaves %s", path)
 			}
 			return err
@@ -158,6 +158,97 @@ func mustForget(t *testing.T, h *host) {
 			t.Error(err)
 		}
 	}
+}
+
+// TestLifeFailedUp: an up that fails says why and leaves the file system as it
+// was, whatever it fails of, and beside a rotator that runs.
+func TestLifeFailedUp(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	a, b := l.host("lisbon"), l.host("porto")
+	connect(a, b)
+	peer := b.as().with(settings{"role": "client"})
+	taken, err := a.listen(a.addr.String() + ":7000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	for name, content := range map[string]string{"in-the-way": "", "short.key": "short"} {
+		if err := os.WriteFile(a.path(name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	unreadable := settings{"journal": settings{"path": a.path("journal"), "key_file": a.path("short.key")}}
+	for _, c := range []struct {
+		name    string
+		changes settings
+		peer    settings
+		flags   []string
+		want    string
+	}{
+		{"configuration", nil, peer.with(settings{"role": "leader"}), nil, "leader"},
+		{"interface", settings{"interface": "wg7"}, peer, nil, "wg7"},
+		{"peer", nil, peer.with(settings{"public_key": a.device.public.String()}), nil, "public_key"},
+		{"port", settings{"listen": a.addr.String() + ":7000"}, peer, nil, "address already in use"},
+		{"address", settings{"listen": "203.0.113.1:7000"}, peer, nil, "cannot assign"},
+		{"journal key", unreadable, peer, nil, "does not hold 32 bytes"},
+		{"journal", settings{"journal": unreadable["journal"].(settings).with(settings{"path": a.path("none", "journal"), "key_file": a.path("identity.key")})}, peer, nil, "journal"},
+		{"run directory", nil, peer, []string{"--run-dir", a.path("in-the-way", "run")}, "not a directory"},
+		{"log directory", nil, peer.with(settings{"fallback": "initial"}), []string{"--log-dir", a.path("in-the-way", "log")}, "not a directory"},
+		{"state directory", nil, peer, []string{"--state-dir", a.path("in-the-way", "state")}, "not a directory"},
+		{"socket's path", nil, peer, []string{"--run-dir", a.path("new", strings.Repeat("x", 100))}, "107 is the limit"},
+	} {
+		path := a.write(c.changes, c.peer)
+		fresh := []string{"--run-dir", a.path("new", "run"), "--state-dir", a.path("new", "state"), "--log-dir", a.path("new", "log")}
+		commands := []string{"up", "run"}
+		if c.name == "log directory" { // run has none
+			commands = commands[:1]
+		}
+		for _, command := range commands {
+			before := a.files()
+			r := a.try(append(append([]string{command, path}, fresh...), c.flags...)...)
+			if r.code != 1 || !strings.Contains(r.stderr, c.want) {
+				t.Errorf("%s, %s: exit %d\n%s", c.name, command, r.code, r.stderr)
+			}
+			if after := a.files(); !slices.Equal(before, after) {
+				t.Errorf("%s, %s leaves\n%s", c.name, command, strings.Join(after, "\n"))
+			}
+		}
+	}
+
+	path := a.write(nil, b.as().with(settings{"role": "server", "address": nil})) // which logs nothing meanwhile
+	a.keyturn("up", path)
+	log := stat(t, a.path("log", wg0+".log")).Size()
+	if r := a.try("up", path); r.code != 1 || !strings.Contains(r.stderr, "already") {
+		t.Errorf("a second up: exit %d\n%s", r.code, r.stderr)
+	}
+	if size := stat(t, a.path("log", wg0+".log")).Size(); size != log {
+		t.Errorf("a second up adds %d bytes to the log", size-log)
+	}
+	a.keyturn("rm", wg0)
+	mustForget(t, a)
+}
+
+// files lists all that lies in the host's directory, with its size.
+func (h *host) files() []string {
+	h.lab.t.Helper()
+	var out []string
+	err := filepath.WalkDir(h.path(), func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		size := int64(0)
+		if err == nil && info.Mode().IsRegular() {
+			size = info.Size()
+		}
+		out = append(out, fmt.Sprintf("%s %v %d", path, d.Type(), size))
+		return err
+	})
+	if err != nil {
+		h.lab.t.Fatal(err)
+	}
+	return out
 }
 
 // TestDetached: a rotator that was started from a terminal has none, nor

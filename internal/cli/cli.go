@@ -37,6 +37,9 @@ const (
 // errDegraded ends status, ls and check: all is said already.
 var errDegraded = errors.New("degraded")
 
+// errTold ends a daemon that did not get ready: its starter says it all.
+var errTold = errors.New("starter was told")
+
 // usageError is a command line that cannot be understood.
 type usageError struct{ error }
 
@@ -49,6 +52,15 @@ type hinted struct {
 }
 
 func (e hinted) Unwrap() error { return e.error }
+
+// crashed is a daemon that ended without an account of its own, with what it
+// wrote instead.
+type crashed struct {
+	error
+	said string
+}
+
+func (e crashed) Unwrap() error { return e.error }
 
 func withHint(err error, hints ...string) error { return hinted{err, hints} }
 
@@ -82,7 +94,7 @@ func exitCode(err error) int {
 
 // report writes err by the rule of this package.
 func report(w io.Writer, err error) {
-	if err == nil || errors.Is(err, errDegraded) {
+	if err == nil || errors.Is(err, errDegraded) || errors.Is(err, errTold) {
 		return
 	}
 	if child, ok := errors.AsType[detach.NotReady](err); ok {
@@ -98,16 +110,25 @@ func report(w io.Writer, err error) {
 		_, _ = fmt.Fprintf(w, "error: %s in the configuration\n", what)
 		return
 	}
-	_, _ = fmt.Fprintln(w, "error:", printable(err.Error()))
-	var hints []string
-	if h, ok := errors.AsType[hinted](err); ok {
-		hints = h.hints
-	} else if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
-		hints = []string{"run it as root, as wg itself"}
+	if c, ok := errors.AsType[crashed](err); ok {
+		for line := range strings.Lines(c.said) {
+			_, _ = fmt.Fprintln(w, printable(strings.TrimSuffix(line, "\n")))
+		}
 	}
-	for _, hint := range hints {
+	_, _ = fmt.Fprintln(w, "error:", printable(err.Error()))
+	for _, hint := range hintsOf(err) {
 		_, _ = fmt.Fprintln(w, "hint:", printable(hint))
 	}
+}
+
+func hintsOf(err error) []string {
+	if h, ok := errors.AsType[hinted](err); ok {
+		return h.hints
+	}
+	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
+		return []string{"run it as root, as wg itself"}
+	}
+	return nil
 }
 
 // printable makes foreign text fit for one line of a terminal.

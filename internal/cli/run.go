@@ -59,11 +59,6 @@ func (d *dirs) runDetached(ctx context.Context, path string) error {
 		return err
 	}
 	var log *logfile.File
-	defer func() {
-		if log != nil {
-			log.Close()
-		}
-	}()
 	isReady := false
 	err = d.runRotator(ctx, path, rotator{
 		log: func(iface string) (_ io.Writer, err error) {
@@ -73,27 +68,39 @@ func (d *dirs) runDetached(ctx context.Context, path string) error {
 			err = log.TakeOutput()
 			return log, err
 		},
+		closeLog: func() {
+			if log != nil {
+				log.Close()
+			}
+		},
 		dropped: func() uint64 { return log.Dropped() },
 		ready:   func() { isReady = true; starter.Ready() },
 	})
 	if err != nil && !isReady {
 		var b strings.Builder
 		report(&b, err)
-		starter.NotReady(b.String())
+		if starter.NotReady(b.String()) == nil {
+			return errTold
+		}
 	}
 	return err
 }
 
 // rotator is how a rotator speaks to whoever started it.
 type rotator struct {
-	log     func(iface string) (io.Writer, error) // opens the log
-	dropped func() uint64                         // log lines lost; nil: none can be
-	ready   func()                                // may be nil
+	log      func(iface string) (io.Writer, error) // opens the log
+	closeLog func()                                // called last, also where log failed or was not called; may be nil
+	dropped  func() uint64                         // log lines lost; nil: none can be
+	ready    func()                                // may be nil
 }
 
-// runRotator runs a rotator, the only one of its interface, from the registry's
-// entry to its end. Nothing of it is left if it does not get ready.
+// runRotator runs a rotator, the only one of its interface, from the first
+// look at its configuration to its end. What can fail without writing anything
+// comes first; nothing of the rest is left if it does not get ready.
 func (d *dirs) runRotator(ctx context.Context, path string, r rotator) (err error) {
+	if r.closeLog != nil {
+		defer r.closeLog()
+	}
 	// Rotation does not end because nobody reads the log any more.
 	signal.Ignore(syscall.SIGHUP, syscall.SIGPIPE)
 	if err := detach.Harden(); err != nil {
@@ -106,36 +113,54 @@ func (d *dirs) runRotator(ctx context.Context, path string, r rotator) (err erro
 	if err != nil {
 		return err
 	}
-	lock, err := takeLock(d.run, c.Interface)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = lock.Release() }()
 	entry, err := newEntry(c.Interface, path)
 	if err != nil {
 		return err
 	}
-	forget, err := d.enter(entry)
+	setup, err := daemon.Open(ctx, c)
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, setup.Close()) }()
+
+	traces := d.tracesOf(c)
+	lock, err := takeLock(d.run, c.Interface)
+	if err != nil {
+		traces.remove(nil)
+		return err
+	}
+	isReady := false
+	defer func() {
+		if isReady {
+			_ = lock.Release()
+			return
+		}
+		if r.closeLog != nil {
+			r.closeLog() // which writes what is queued
+		}
+		traces.remove(lock)
+		if err != nil && traces.logged() {
+			err = withHint(err, append(hintsOf(err), "see the end of "+traces.log)...)
+		}
+	}()
 	w, err := r.log(c.Interface)
 	if err != nil {
-		forget()
 		return err
 	}
 	log := slog.New(slog.NewTextHandler(w, nil)).With("interface", c.Interface)
-	isReady := false
 	// By a signal, or (then ctx goes on) because an operator said down.
 	stopping := sync.OnceFunc(func() { notify(log, "STOPPING=1") })
-	err = daemon.Run(ctx, daemon.Options{
+	err = setup.Run(ctx, daemon.Options{
 		ConfigPath: entry.Config,
 		RunDir:     d.run,
 		StateDir:   d.state,
 		Version:    version(),
 		Log:        log,
 		LogDropped: r.dropped,
-		Ready: func() {
+		Ready: func() error {
+			if err := d.registry().Put(entry); err != nil {
+				return err
+			}
 			isReady = true
 			log.Info("rotator is ready", "config", entry.Config, "version", version())
 			if r.ready != nil {
@@ -143,10 +168,10 @@ func (d *dirs) runRotator(ctx context.Context, path string, r rotator) (err erro
 			}
 			notify(log, "READY=1")
 			context.AfterFunc(ctx, stopping)
+			return nil
 		},
 	})
 	if !isReady {
-		forget()
 		return err
 	}
 	stopping()
@@ -163,7 +188,7 @@ func (d *dirs) runRotator(ctx context.Context, path string, r rotator) (err erro
 	return nil
 }
 
-// takeLock claims the interface for this process.
+// takeLock locks what the run directory holds of an interface.
 func takeLock(runDir, iface string) (*registry.Lock, error) {
 	lock, err := registry.TakeLock(runDir, iface)
 	if errors.Is(err, registry.ErrLocked) {
@@ -182,24 +207,6 @@ func newEntry(iface, path string) (registry.Entry, error) {
 		return registry.Entry{}, err
 	}
 	return registry.Entry{Interface: iface, Config: abs, Process: self, StartedAt: time.Now().Round(time.Second)}, nil
-}
-
-// enter records e. The function that it returns records again what was there
-// before, for a rotator that does not get ready.
-func (d *dirs) enter(e registry.Entry) (forget func(), err error) {
-	reg := d.registry()
-	before, err := reg.Get(e.Interface)
-	hadOne := err == nil // an entry that cannot be read is replaced
-	if err := reg.Put(e); err != nil {
-		return nil, err
-	}
-	return func() {
-		if hadOne {
-			_ = reg.Put(before)
-		} else {
-			_ = reg.Remove(e.Interface)
-		}
-	}, nil
 }
 
 // notify tells systemd (sd_notify(3)), where it asked to be told.

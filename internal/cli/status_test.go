@@ -293,34 +293,6 @@ func TestSecondUp(t *testing.T) {
 	}
 }
 
-// An entry is put back as it was when a rotator does not get ready.
-func TestEnterAndForget(t *testing.T) {
-	d := &dirs{state: t.TempDir()}
-	first := registry.Entry{Interface: "wg0", Config: "/first.yaml"}
-	second := registry.Entry{Interface: "wg0", Config: "/second.yaml"}
-	forget, err := d.enter(first)
-	if err != nil {
-		t.Fatal(err)
-	}
-	forget()
-	if _, err := d.registry().Get("wg0"); !errors.Is(err, registry.ErrUnknown) {
-		t.Errorf("after the first: %v", err)
-	}
-	if err := d.registry().Put(first); err != nil {
-		t.Fatal(err)
-	}
-	if forget, err = d.enter(second); err != nil {
-		t.Fatal(err)
-	}
-	if e, _ := d.registry().Get("wg0"); e.Config != second.Config {
-		t.Errorf("entry is %+v", e)
-	}
-	forget()
-	if e, _ := d.registry().Get("wg0"); e.Config != first.Config {
-		t.Errorf("entry is %+v", e)
-	}
-}
-
 func TestEveryCommandSaysWhatItDoes(t *testing.T) {
 	root := newRoot()
 	for _, c := range root.Commands() {

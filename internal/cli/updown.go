@@ -28,7 +28,9 @@ brought up, as a process of its own, detached from the terminal.
 
 up returns when the rotator is ready: its configuration is valid, WireGuard can
 be read, it listens for its peers and answers "keyturn status". It does not wait
-for the KMS or the peers. Otherwise up says why not, and nothing was changed.
+for the KMS or the peers. Otherwise up says why not, and nothing was changed: no
+file or directory is left that was not there before, but for a log that has more
+to say than the message, which then names it.
 
 An argument with a slash, or that ends in .yaml or .yml, is a file.`,
 		Args:              exactly("CONFIG|INTERFACE"),
@@ -60,25 +62,27 @@ func (d *dirs) up(ctx context.Context, arg string) (iface string, err error) {
 	if err != nil {
 		return "", err
 	}
-	// The daemon takes the lock itself. This is for a clear word at once.
-	lock, err := takeLock(d.run, c.Interface)
+	output, err := detach.Output()
 	if err != nil {
 		return "", err
 	}
-	_ = lock.Release()
-	logPath := logfile.Path(d.log, c.Interface)
-	output, err := logfile.Append(logPath)
-	if err != nil {
-		return "", fmt.Errorf("log: %w", err)
-	}
 	defer output.Close()
+	traces := d.tracesOf(c)
 	err = detach.Start(ctx, []string{
 		"run", "--detached", "--run-dir=" + d.run, "--state-dir=" + d.state, "--log-dir=" + d.log, "--", abs,
 	}, output)
-	if errors.Is(err, detach.ErrSilent) {
-		err = withHint(fmt.Errorf("%s: %w", c.Interface, err), "see the end of "+logPath)
+	if _, told := errors.AsType[detach.NotReady](err); err == nil || told {
+		return c.Interface, err
 	}
-	return c.Interface, err
+	// It ended by force, and could not tidy up.
+	if lock, lockErr := registry.TakeLock(d.run, c.Interface); lockErr == nil {
+		traces.remove(lock)
+	}
+	err = fmt.Errorf("%s: %w", c.Interface, err)
+	if traces.logged() {
+		err = withHint(err, "see the end of "+traces.log)
+	}
+	return c.Interface, crashed{err, detach.Said(output)}
 }
 
 // downTime is how long a rotator may take to say goodbye.
@@ -136,12 +140,7 @@ func (d *dirs) down(ctx context.Context, e registry.Entry) error {
 // gone reports whether a rotator's process has ended: its lock is free, which
 // holds in every PID namespace, and where its ID is known, that is free too.
 func (d *dirs) gone(e registry.Entry) bool {
-	lock, err := registry.TakeLock(d.run, e.Interface)
-	if err != nil {
-		return !errors.Is(err, registry.ErrLocked)
-	}
-	_ = lock.Release()
-	return !e.Process.Alive()
+	return !registry.Locked(d.run, e.Interface) && !e.Process.Alive()
 }
 
 func newRm(d *dirs) *cobra.Command {
@@ -177,14 +176,15 @@ tunnels go on, and the next "keyturn up CONFIG" begins anew.`,
 	}
 }
 
-// forget removes the files of a rotator that does not run. The lock file
-// stays, empty as it is: see registry.LockPath.
+// forget removes the files of a rotator that does not run.
 func (d *dirs) forget(e registry.Entry) error {
+	made := missing(withParents(d.run)...) // by the lock
+	defer removeAll(made)
 	lock, err := takeLock(d.run, e.Interface)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = lock.Release() }()
+	defer func() { _ = lock.Remove() }()
 	log := logfile.Path(d.log, e.Interface)
 	files := []string{
 		control.SocketPath(d.run, e.Interface),

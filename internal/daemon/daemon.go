@@ -21,57 +21,76 @@ import (
 	"keyturn/internal/wg"
 )
 
+// Setup is what a rotator needs of the outside, open and judged: its
+// interface, identity, sources and the address that it listens at.
+type Setup struct {
+	config   *config.Config
+	device   *wg.System
+	identity *link.Identity
+	sources  *Sources
+	listener net.Listener
+}
+
+// Open opens what the rotator of a configuration needs. It writes nothing.
+func Open(ctx context.Context, c *config.Config) (*Setup, error) {
+	device, err := OpenDevice(c)
+	if err != nil {
+		return nil, err
+	}
+	identity, err := ReadIdentity(c)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("identity: %w", err), device.Close())
+	}
+	sources, err := OpenSources(c)
+	if err != nil {
+		return nil, errors.Join(err, device.Close())
+	}
+	listener, err := Listen(ctx, c.Listen)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("listen for peers: %w", err), sources.Close(), device.Close())
+	}
+	return &Setup{config: c, device: device, identity: identity, sources: sources, listener: listener}, nil
+}
+
+// Close closes it all. It is called once, after Run where that is called.
+func (s *Setup) Close() error {
+	err := s.listener.Close()
+	if errors.Is(err, net.ErrClosed) { // Run's rotator was faster
+		err = nil
+	}
+	return errors.Join(err, s.sources.Close(), s.device.Close())
+}
+
 // Options is what a rotator needs from whoever starts it.
 type Options struct {
 	ConfigPath string // the configuration file
 	RunDir     string // control socket and journal: mode 0700, gone at reboot
-	StateDir   string // what must survive a reboot: the initial PSK of each peer; exists, mode 0700
+	StateDir   string // what must survive a reboot: the initial PSK of each peer
 	Version    string // of keyturn, for control.Status
 	Log        *slog.Logger
 	LogDropped func() uint64 // lines lost so far, for control.LogDropped; nil: none can be
-	Ready      func()        // called once: configuration valid, device readable, listening, control socket up
+	// Ready is called once, when nothing can keep the rotator from running any
+	// more but the error that it returns. The rotator has done nothing yet.
+	Ready func() error
 }
 
-// Run runs the rotator that the configuration describes until ctx ends or an
-// operator says down; it then says goodbye to the peers, leaves the last PSK
-// in place and returns nil. An error before Ready means that nothing was changed.
-func Run(ctx context.Context, o Options) error {
-	c, err := config.Load(o.ConfigPath)
+// Run runs the rotator until ctx ends or an operator says down; it then says
+// goodbye to the peers, leaves the last PSK in place and returns nil. An error
+// before Ready means that nothing was changed, but for empty directories of
+// journals.
+func (s *Setup) Run(ctx context.Context, o Options) error {
+	server, err := control.Listen(control.SocketPath(o.RunDir, s.config.Interface))
 	if err != nil {
 		return err
 	}
-	device, err := OpenDevice(c)
-	if err != nil {
-		return err
+	r, err := s.rotator(o)
+	if err == nil {
+		if err = ctx.Err(); err == nil { // nobody waits any more
+			err = o.Ready()
+		}
 	}
-	defer device.Close()
-	identity, err := ReadIdentity(c)
 	if err != nil {
-		return fmt.Errorf("identity: %w", err)
-	}
-	sources, err := OpenSources(c)
-	if err != nil {
-		return err
-	}
-	defer sources.Close()
-	server, err := control.Listen(control.SocketPath(o.RunDir, c.Interface))
-	if err != nil {
-		return err
-	}
-	listener, err := Listen(ctx, c.Listen)
-	if err != nil {
-		return errors.Join(fmt.Errorf("listen for peers: %w", err), server.Close())
-	}
-	store, err := openStore(c, o.RunDir, o.StateDir)
-	if err != nil {
-		return errors.Join(err, listener.Close(), server.Close())
-	}
-	r, err := New(Parts{
-		Config: c, ConfigPath: o.ConfigPath, Device: device, Identity: identity, Listener: listener, Source: sources.For,
-		Store: store, Log: o.Log, Version: o.Version, LogDropped: o.LogDropped,
-	})
-	if err != nil {
-		return errors.Join(err, listener.Close(), server.Close())
+		return errors.Join(err, server.Close())
 	}
 
 	ctx, stop := context.WithCancel(ctx)
@@ -80,8 +99,18 @@ func Run(ctx context.Context, o Options) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return server.Serve(ctx, r) })
 	g.Go(func() error { return r.Run(ctx) })
-	o.Ready()
 	return g.Wait()
+}
+
+func (s *Setup) rotator(o Options) (*Rotator, error) {
+	store, err := openStore(s.config, o.RunDir, o.StateDir)
+	if err != nil {
+		return nil, err
+	}
+	return New(Parts{
+		Config: s.config, ConfigPath: o.ConfigPath, Device: s.device, Identity: s.identity, Listener: s.listener, Source: s.sources.For,
+		Store: store, Log: o.Log, Version: o.Version, LogDropped: o.LogDropped,
+	})
 }
 
 // Listen listens at a configured TCP address: at an IPv4 address for IPv4 alone,

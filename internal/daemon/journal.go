@@ -118,17 +118,22 @@ func openStore(c *config.Config, runDir, stateDir string) (*files, error) {
 		}
 		f.key = key
 	}
-	dirs := []string{f.dir}
 	for _, p := range c.Peers {
 		if p.Fallback == config.FallbackInitial {
 			f.records[p.PublicKey] = true
-			dirs = append(dirs[:1], f.initial)
 		}
 	}
-	for _, d := range dirs {
-		if err := os.Mkdir(d, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := os.Mkdir(f.dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, fmt.Errorf("journal: %w", err)
+	}
+	dirs := []string{f.dir}
+	if len(f.records) > 0 {
+		if err := os.MkdirAll(f.initial, 0o700); err != nil {
 			return nil, fmt.Errorf("journal: %w", err)
 		}
+		dirs = append(dirs, f.initial)
+	}
+	for _, d := range dirs {
 		if info, err := os.Stat(d); err != nil || !info.IsDir() || info.Mode().Perm()&0o077 != 0 {
 			return nil, fmt.Errorf("journal: %s is not a directory of mode 0700", d)
 		}

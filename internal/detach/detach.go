@@ -25,6 +25,7 @@ const (
 
 	stopTime  = 2 * time.Second // from SIGTERM to SIGKILL, for one that did not get ready
 	maxReason = 1 << 20         // bytes of the child's reason
+	maxSaid   = 16 << 10        // bytes of what a silent child wrote
 	reportFD  = 3               // the child's end of the readiness pipe
 )
 
@@ -43,6 +44,28 @@ func (e NotReady) Error() string { return string(e) }
 // ErrSilent means that the child ended without a word; its output may say
 // why.
 var ErrSilent = errors.New("the daemon ended before it was ready")
+
+// Output returns a file without a name for the output of a daemon that has no
+// log yet: only memory holds it.
+func Output() (*os.File, error) {
+	fd, err := unix.MemfdCreate("output of a daemon", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("output of the daemon: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "output of a daemon"), nil
+}
+
+// Said returns what a daemon that has ended wrote to its Output, or the last
+// 16 KiB of it.
+func Said(output *os.File) string {
+	info, err := output.Stat()
+	if err != nil {
+		return ""
+	}
+	from := max(0, info.Size()-maxSaid)
+	b, _ := io.ReadAll(io.NewSectionReader(output, from, maxSaid))
+	return string(b)
+}
 
 // Start runs this program with args as a daemon: a session of its own
 // without a terminal, working directory /, standard input /dev/null, output
@@ -174,14 +197,16 @@ func Child() (*Reporter, error) {
 
 // Ready tells the starter that all is well. Nobody may be listening any
 // more, which is no error.
-func (r *Reporter) Ready() { r.report([]byte{ready}) }
+func (r *Reporter) Ready() { _ = r.report([]byte{ready}) }
 
-// NotReady tells the starter why not.
-func (r *Reporter) NotReady(reason string) { r.report(append([]byte{notReady}, reason...)) }
+// NotReady tells the starter why not. An error means that it has gone.
+func (r *Reporter) NotReady(reason string) error {
+	return r.report(append([]byte{notReady}, reason...))
+}
 
-func (r *Reporter) report(b []byte) {
-	_, _ = r.pipe.Write(b)
-	_ = r.pipe.Close()
+func (r *Reporter) report(b []byte) error {
+	_, err := r.pipe.Write(b)
+	return errors.Join(err, r.pipe.Close())
 }
 
 // Harden keeps keys out of core dumps and away from debuggers, and files that

@@ -43,7 +43,7 @@ func play(part, arg string) {
 		_ = os.WriteFile(arg, b, 0o666)
 		r.Ready()
 	case "refuse":
-		r.NotReady(arg)
+		_ = r.NotReady(arg)
 		os.Exit(1)
 	case "die":
 		fmt.Println("last words")
@@ -156,13 +156,21 @@ func TestChildSaysWhyNot(t *testing.T) {
 }
 
 func TestChildDies(t *testing.T) {
-	out := output(t)
-	err := Start(t.Context(), []string{"play", "die", ""}, out)
+	out, err := Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	err = Start(t.Context(), []string{"play", "die", ""}, out)
 	if !errors.Is(err, ErrSilent) || !strings.Contains(err.Error(), "exit status 7") {
 		t.Errorf("got %v", err)
 	}
-	if b, _ := os.ReadFile(out.Name()); string(b) != "last words\n" {
-		t.Errorf("its output was %q", b)
+	if said := Said(out); said != "last words\n" {
+		t.Errorf("its output was %q", said)
+	}
+	long := strings.Repeat("x", maxSaid)
+	if _, err := out.WriteString(long); err != nil || Said(out) != long {
+		t.Errorf("%v, %d bytes of a long output", err, len(Said(out)))
 	}
 }
 
