@@ -4,8 +4,10 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -227,6 +229,71 @@ func TestLifeFailedUp(t *testing.T) {
 	}
 	a.keyturn("rm", wg0)
 	mustForget(t, a)
+}
+
+// TestLifeOneRotator: an interface has one rotator, whatever its directories,
+// and the next may come when that one has gone, however it went. Another user
+// who holds the interface's name is named, and keeps nobody out.
+func TestLifeOneRotator(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	a, b := l.host("lisbon"), l.host("porto")
+	connect(a, b)
+	path := a.write(nil, b.as().with(settings{"role": "server", "address": nil}))
+	elsewhere := []string{"--run-dir", a.path("2", "run"), "--state-dir", a.path("2", "state"), "--log-dir", a.path("2", "log")}
+	other := func(args ...string) []string { return append(args, elsewhere...) }
+	a.keyturn("up", path)
+	s, err := a.status()
+	if err != nil {
+		t.Fatal(err)
+	}
+	second := a.write(settings{"listen": "[::]:7000"}, b.as().with(settings{"role": "server", "address": nil}))
+	for _, command := range []string{"up", "run"} {
+		r := a.try(other(command, second)...)
+		for _, want := range []string{
+			fmt.Sprintf("already running: process %d, run directory %s\n", s.PID, a.path("run")),
+			"hint: keyturn --run-dir=" + a.path("run") + " down wg0\n",
+		} {
+			if r.code != 1 || !strings.Contains(r.stderr, want) {
+				t.Errorf("%s with other directories: exit %d, without %q\n%s", command, r.code, want, r.stderr)
+			}
+		}
+	}
+	if _, err := os.Stat(a.path("2")); err == nil {
+		t.Error("it leaves its directories")
+	}
+	a.keyturn("down", wg0)
+	a.keyturn(other("up", second)...)
+	var of2 control.Status
+	if err := json.Unmarshal([]byte(a.try(other("status", wg0, "--json")...).stdout), &of2); err != nil || of2.PID == 0 {
+		t.Fatalf("status of the other: process %d, %v", of2.PID, err)
+	}
+	a.kill9(of2.PID)
+	if r := a.try("up", path); r.code != 0 {
+		t.Errorf("after the other was killed: %s", r.stderr)
+	}
+	a.keyturn("down", wg0)
+
+	squatter, err := a.listenAsNobody("@keyturn/" + wg0)
+	if err != nil {
+		t.Skipf("missing privilege: to be another user: %v", err)
+	}
+	a.keyturn("up", path)
+	a.logs(5*time.Second, "a second rotator of the interface would not be noticed")
+	a.logs(5*time.Second, "of user 65534 holds the interface's name")
+	squatter.Close()
+}
+
+// listenAsNobody listens at a unix socket of the host as another user.
+func (h *host) listenAsNobody(name string) (ln net.Listener, err error) {
+	err = h.in(func() error { // on a thread that nobody else uses again
+		if _, _, errno := syscall.RawSyscall(unix.SYS_SETRESUID, 65534, 65534, 65534); errno != 0 {
+			return errno
+		}
+		ln, err = net.Listen("unix", name)
+		return err
+	})
+	return ln, err
 }
 
 // files lists all that lies in the host's directory, with its size.

@@ -117,6 +117,11 @@ func (d *dirs) runRotator(ctx context.Context, path string, r rotator) (err erro
 	if err != nil {
 		return err
 	}
+	claim, squatted, err := d.claim(ctx, c.Interface)
+	if err != nil {
+		return err
+	}
+	defer claim.Release()
 	setup, err := daemon.Open(ctx, c)
 	if err != nil {
 		return err
@@ -131,6 +136,7 @@ func (d *dirs) runRotator(ctx context.Context, path string, r rotator) (err erro
 	}
 	isReady := false
 	defer func() {
+		claim.Release() // first: whoever finds the lock free may bring up the next
 		if isReady {
 			_ = lock.Release()
 			return
@@ -162,6 +168,9 @@ func (d *dirs) runRotator(ctx context.Context, path string, r rotator) (err erro
 				return err
 			}
 			isReady = true
+			if squatted != nil {
+				log.Warn("a second rotator of the interface would not be noticed", "err", squatted)
+			}
 			log.Info("rotator is ready", "config", entry.Config, "version", version())
 			if r.ready != nil {
 				r.ready()
@@ -188,11 +197,28 @@ func (d *dirs) runRotator(ctx context.Context, path string, r rotator) (err erro
 	return nil
 }
 
+// claim makes this process the only rotator of the interface. Another user's
+// process that has its name does not keep it from running: squatted tells of it.
+func (d *dirs) claim(ctx context.Context, iface string) (claim *registry.Claim, squatted, err error) {
+	claim, err = registry.TakeClaim(ctx, iface, d.run)
+	held, ok := errors.AsType[*registry.HeldError](err)
+	switch {
+	case !ok:
+		return claim, nil, err
+	case !held.Rotator:
+		return nil, held, nil
+	case held.RunDir == "" || held.RunDir == d.run:
+		return nil, nil, errRunning(iface, held)
+	}
+	other := "keyturn --run-dir=" + held.RunDir
+	return nil, nil, withHint(fmt.Errorf("%s: %w", iface, held), other+" status "+iface, other+" down "+iface)
+}
+
 // takeLock locks what the run directory holds of an interface.
 func takeLock(runDir, iface string) (*registry.Lock, error) {
 	lock, err := registry.TakeLock(runDir, iface)
 	if errors.Is(err, registry.ErrLocked) {
-		return nil, errRunning(iface)
+		return nil, errRunning(iface, err)
 	}
 	return lock, err
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"strings"
 	"sync"
@@ -282,6 +283,8 @@ func TestHangingRotator(t *testing.T) {
 	}
 }
 
+// TestSecondUp: with the same run directory, and, in the same network
+// namespace, with any other.
 func TestSecondUp(t *testing.T) {
 	d, _ := startLive(t, sample())
 	_, err := takeLock(d.run, "wg0")
@@ -290,6 +293,24 @@ func TestSecondUp(t *testing.T) {
 	const want = "error: wg0: a rotator of this interface is already running\nhint: keyturn status wg0\nhint: keyturn down wg0\n"
 	if b.String() != want || !errors.Is(err, registry.ErrLocked) {
 		t.Errorf("got %s", b.String())
+	}
+
+	iface := fmt.Sprintf("kt%d", os.Getpid())
+	first := &dirs{run: "/first/run"}
+	claim, squatted, err := first.claim(t.Context(), iface)
+	if err != nil || squatted != nil {
+		t.Fatal(err, squatted)
+	}
+	defer claim.Release()
+	for _, tt := range []struct{ run, how string }{{"/first/run", ""}, {"/second/run", "--run-dir=/first/run "}} {
+		_, _, err := (&dirs{run: tt.run}).claim(t.Context(), iface)
+		b.Reset()
+		report(&b, err)
+		want := fmt.Sprintf("error: %s: a rotator of this interface is already running: process %d, run directory /first/run\n"+
+			"hint: keyturn %sstatus %s\nhint: keyturn %sdown %s\n", iface, os.Getpid(), tt.how, iface, tt.how, iface)
+		if b.String() != want || !errors.Is(err, registry.ErrLocked) {
+			t.Errorf("got %s", b.String())
+		}
 	}
 }
 

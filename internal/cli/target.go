@@ -83,6 +83,6 @@ func (d *dirs) configs(_ *cobra.Command, args []string, _ string) ([]string, cob
 	return names, cobra.ShellCompDirectiveDefault
 }
 
-func errRunning(iface string) error {
-	return withHint(fmt.Errorf("%s: %w", iface, registry.ErrLocked), "keyturn status "+iface, "keyturn down "+iface)
+func errRunning(iface string, err error) error {
+	return withHint(fmt.Errorf("%s: %w", iface, err), "keyturn status "+iface, "keyturn down "+iface)
 }

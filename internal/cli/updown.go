@@ -30,7 +30,8 @@ up returns when the rotator is ready: its configuration is valid, WireGuard can
 be read, it listens for its peers and answers "keyturn status". It does not wait
 for the KMS or the peers. Otherwise up says why not, and nothing was changed: no
 file or directory is left that was not there before, but for a log that has more
-to say than the message, which then names it.
+to say than the message, which then names it. There is one rotator for an
+interface, whatever its directories: a second is refused.
 
 An argument with a slash, or that ends in .yaml or .yml, is a file.`,
 		Args:              exactly("CONFIG|INTERFACE"),

@@ -1,8 +1,9 @@
 // Package registry remembers which rotators were brought up on this host, so
 // that `keyturn up wg0` finds the configuration again and `keyturn ls` tells
 // the truth after a kill -9 or a reboot. It owns <state-dir>/<interface>.json
-// and the lock that makes a rotator the only one of its interface. It holds
-// no key material and starts nothing.
+// and what makes a rotator the only one of its interface: the claim of the
+// interface and the lock of its files. It holds no key material and starts
+// nothing.
 package registry
 
 import (
