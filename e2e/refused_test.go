@@ -72,23 +72,32 @@ func TestRefused(t *testing.T) {
 		a.keyturn("rm", wg0)
 	}
 
-	// Two clients tell each other; two servers never meet.
+	// Two clients tell each other. Of two servers one asks, once it has waited.
 	b.keyturn("down", wg0)
-	b.keyturn("up", b.write(nil, a.as().with(qkd.peer(a)).with(settings{"role": "client", "kms": qkd.kms(b)})))
-	a.keyturn("up", a.write(nil, peerB))
-	for _, end := range []struct{ h, p *host }{{a, b}, {b, a}} {
-		end.h.towards(end.p, 10*time.Second, "a refusal for role", func(p control.PeerStatus) error {
-			for _, d := range p.Differences {
-				if d == (control.Difference{Field: "role", Ours: "client", Theirs: "client"}) {
-					return nil
+	for _, role := range []string{"client", "server"} {
+		both := settings{"role": role}
+		if role == "server" {
+			both["address"] = nil
+		}
+		b.keyturn("up", b.write(nil, a.as().with(qkd.peer(a)).with(both).with(settings{"kms": qkd.kms(b)})))
+		a.keyturn("up", a.write(nil, peerB.with(settings{"role": role})))
+		for _, end := range []struct{ h, p *host }{{a, b}, {b, a}} {
+			end.h.towards(end.p, 20*time.Second, "a refusal for role", func(p control.PeerStatus) error {
+				for _, d := range p.Differences {
+					if d == (control.Difference{Field: "role", Ours: role, Theirs: role}) {
+						return nil
+					}
 				}
+				return fmt.Errorf("%s, link %s %s, %+v", p.State, p.Link.State, p.Link.Error, p.Differences)
+			})
+			if r := end.h.try("check", wg0); r.code != 3 || !strings.Contains(r.stdout, "role is "+role+" here, "+role+" there") {
+				t.Errorf("check: exit %d\n%s", r.code, r.stdout)
 			}
-			return fmt.Errorf("%s, link %s %s, %+v", p.State, p.Link.State, p.Link.Error, p.Differences)
-		})
+		}
+		mustHold(t, a, b, key.Fingerprint())
+		a.keyturn("down", wg0)
+		b.keyturn("down", wg0)
 	}
-	mustHold(t, a, b, key.Fingerprint())
-	a.keyturn("down", wg0)
-	b.keyturn("down", wg0)
 
 	// Agreed at last: by their KEMs alone, for the KMEs never ran.
 	b.keyturn("up", b.write(nil, a.as().with(settings{"role": "server", "address": nil})))

@@ -2,6 +2,7 @@ package daemon_test
 
 import (
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -164,6 +165,71 @@ func TestRefused(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestTwoServers: neither end dials, and both name the reason as soon as one of
+// them has the other's address. When one is client at last, nothing is left of it.
+func TestTwoServers(t *testing.T) {
+	for name, addresses := range map[string][2]bool{"both addresses": {true, true}, "one address": {false, true}, "no address": {}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				configured := [2]*config.Peer{}
+				s, stop := start(t, options{peer: func(end int, p *config.Peer) {
+					configured[end] = p
+					p.Role = config.RoleServer
+					if !addresses[end] {
+						p.Address = ""
+					}
+				}})
+				known := addresses[0] || addresses[1]
+				time.Sleep(30 * time.Second)
+				for range 2 {
+					for end := range 2 {
+						p := s.peer(end)
+						named := slices.Contains(p.Differences, control.Difference{Field: "role", Ours: "server", Theirs: "server"})
+						if named != known || (p.State == control.PeerRefused) != known || p.Protected || strings.Contains(p.Link.Error, "both are server") != known {
+							t.Errorf("end %d: %s, %+v, link %+v", end, p.State, p.Differences, p.Link)
+						}
+						if n := s.count(end, rotation.NoteRefused); known && n != 1 {
+							t.Errorf("end %d says it %d times", end, n)
+						}
+					}
+					time.Sleep(time.Hour)
+				}
+
+				configured[0].Role, configured[0].Address = config.RoleClient, "madrid:51822"
+				s.stopRotator(0)
+				s.startRotator(0)
+				time.Sleep(10 * time.Minute)
+				for end := range 2 {
+					if p := s.peer(end); !p.Protected || len(p.Differences) != 0 || len(p.Warnings) != 0 {
+						t.Errorf("end %d: %s, %+v, %v", end, p.State, p.Differences, p.Warnings)
+					}
+				}
+				stop()
+			})
+		})
+	}
+}
+
+// TestClientElsewhere: a client that dials the wrong place is no second server,
+// and what the server asks of it leaves no trace.
+func TestClientElsewhere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, stop := start(t, options{peer: func(end int, p *config.Peer) {
+			if end == 0 {
+				p.Address = "porto:51822"
+			}
+		}})
+		time.Sleep(time.Hour)
+		for end := range 2 {
+			p := s.peer(end)
+			if p.State != control.PeerHold || len(p.Differences) != 0 || s.count(end, rotation.NoteRefused) != 0 || warning(p, control.LinkIsDown) == "" {
+				t.Errorf("end %d: %s, %+v, %v", end, p.State, p.Differences, p.Warnings)
+			}
+		}
+		stop()
+	})
 }
 
 // TestStopOnSilentLink: a rotator stops within two seconds although its peer

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -113,8 +114,11 @@ func (p *peer) run(ctx context.Context, observations <-chan wg.Observation) erro
 	var running sync.WaitGroup
 	fetches := &fetcher{peer: p, ctx: p.life}
 	running.Go(func() { p.drive(nil, p.generator, p.gen, nil, fetches) })
-	if p.role == rotation.Client {
+	switch {
+	case p.role == rotation.Client:
 		running.Go(func() { p.dial(p.life) })
+	case p.config.Address != "":
+		running.Go(func() { p.ask(p.life) })
 	}
 	if k, ok := p.source.(kms.Keeper); ok {
 		running.Go(func() { k.Keep(p.life) })
@@ -422,14 +426,74 @@ func (p *peer) conflict(ctx context.Context, c *link.Conn) {
 	if err != nil || !ok {
 		return
 	}
-	both := []wire.Difference{{Field: "role", Client: "client", Server: "client"}}
-	b, err = wire.Encode(&wire.Ack{Attempt: init.Attempt, Boot: p.rotator.boot, Parameters: p.parameters, Differences: both})
+	b, err = wire.Encode(&wire.Ack{
+		Attempt: init.Attempt, Boot: p.rotator.boot, Parameters: p.parameters, Differences: rotation.SameRole(rotation.Client),
+	})
 	if err != nil {
 		return
 	}
 	_ = c.Send(b)
 	p.gen.deliver(ctx, rotation.RoleConflict{}, nil)
 	_, _ = c.Receive() // until the peer has read it and closes, or the silence limit
+}
+
+// ask finds out, while the peer does not connect, whether it takes itself for
+// the server as well: then neither end would ever dial. It asks more and more
+// rarely, for most often the peer is merely away.
+func (p *peer) ask(ctx context.Context) {
+	wait := firstAsk
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait/2 + rand.N(wait/2)): //nolint:gosec // jitter is no secret
+		}
+		if !p.disconnected() {
+			wait = 4 * firstAsk
+			continue
+		}
+		if p.bothServers(ctx) {
+			p.gen.deliver(ctx, rotation.RoleConflict{}, nil)
+		}
+		wait = min(2*wait, rarestAsk)
+	}
+}
+
+// disconnected reports whether the peer may be asked: there is no link. Inside
+// a tunnel also a session must live, and not be due for a handshake, which a
+// question would otherwise make: rotation leaves those to the client.
+func (p *peer) disconnected() bool {
+	p.mu.Lock()
+	age := p.scheduler.View().Handshake
+	p.mu.Unlock()
+	p.connMu.Lock()
+	defer p.connMu.Unlock()
+	return p.conn == nil && (!p.inside || age >= 0 && age < quietSession)
+}
+
+// bothServers asks the peer, by the answer that only a client would want. A
+// client closes the connection, a server answers with the same.
+func (p *peer) bothServers(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	c, err := p.rotator.Dial(ctx, p.config.Address, p.rotator.Identity, p.pins)
+	if err != nil {
+		return false // it connects, or somebody looks into its log
+	}
+	stop := context.AfterFunc(ctx, func() { _ = c.Close() })
+	defer stop()
+	defer c.Close()
+	same := rotation.SameRole(rotation.Server)
+	b, err := wire.Encode(&wire.Ack{Boot: p.rotator.boot, Parameters: p.parameters, Differences: same})
+	if err != nil || c.Send(b) != nil {
+		return false
+	}
+	if b, err = c.Receive(); err != nil {
+		return false
+	}
+	m, err := wire.Decode(b)
+	ack, ok := m.(*wire.Ack)
+	return err == nil && ok && slices.Equal(ack.Differences, same)
 }
 
 // serve reads from a connection until it ends.

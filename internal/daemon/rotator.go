@@ -31,7 +31,10 @@ const (
 	maxHeartbeat  = 15 * time.Second
 	manyPeers     = 1000 // from here on heartbeats are rarer
 	dialTimeout   = 3 * time.Second
-	redialAfter   = 2 * time.Second // with jitter: half of it to all of it
+	redialAfter   = 2 * time.Second  // with jitter: half of it to all of it
+	firstAsk      = 15 * time.Second // a server without a link asks for the peer's role; with jitter, as above
+	rarestAsk     = 4 * time.Minute
+	quietSession  = 110 * time.Second // of a tunnel; REKEY_AFTER_TIME is 120 s
 	goodbyeWait   = time.Second
 	repeatAfter   = 5 * time.Minute  // the same failure is logged again
 	rejectedEvery = 10 * time.Second // turned away connections are logged at most so often

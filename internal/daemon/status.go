@@ -89,6 +89,9 @@ func (p *peer) status() control.PeerStatus {
 		s.Differences = append(s.Differences, control.Difference{Field: d.Field, Ours: ours, Theirs: theirs})
 	}
 	s.Link = p.linkStatus()
+	if s.Link.State == control.LinkDown && slices.Equal(differences, rotation.SameRole(rotation.Server)) {
+		s.Link.Error = "neither end dials: both are server"
+	}
 	s.KMS = p.kmsStatus()
 	s.Warnings = p.warnings(now, &s, v, health)
 	return s

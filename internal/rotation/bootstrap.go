@@ -66,7 +66,7 @@ func (g *KeyGenerator) parameters() wire.Parameters {
 func (g *KeyGenerator) init(m *wire.Init) {
 	t := g.tunnel
 	if t.config.Role != Server {
-		g.refuse([]wire.Difference{{Field: "role", Client: "client", Server: "client"}})
+		g.refuse(SameRole(Client))
 		return
 	}
 	if !t.bootable() {
@@ -102,7 +102,9 @@ func (g *KeyGenerator) init(m *wire.Init) {
 func (g *KeyGenerator) ack(m *wire.Ack) {
 	t := g.tunnel
 	if t.config.Role != Client {
-		g.refuse([]wire.Difference{{Field: "role", Client: "server", Server: "server"}})
+		// A server that asks whether this is one too (5.2); it does not answer.
+		g.send(&wire.Ack{Attempt: m.Attempt, Boot: t.config.Boot, Parameters: g.parameters(), Differences: SameRole(Server)})
+		g.refuse(SameRole(Server))
 		return
 	}
 	if m.Attempt != g.boot.attempt || g.boot.answered {
@@ -119,6 +121,19 @@ func (g *KeyGenerator) ack(m *wire.Ack) {
 	t.raise(m.High)
 	g.reconcile(m.Kept && m.Boot == g.boot.peerBoot, m.Held)
 	g.agreed(differences, m.Boot, m.Parameters)
+}
+
+// SameRole is the difference of two ends that are both client, or both server.
+func SameRole(r Role) []wire.Difference {
+	return []wire.Difference{{Field: "role", Client: r.String(), Server: r.String()}}
+}
+
+// roleConflict refuses what was learnt of the peer without a link. A link that
+// a server has got meanwhile is a client's.
+func (g *KeyGenerator) roleConflict() {
+	if t := g.tunnel; t.config.Role == Client || !t.linked {
+		g.refuse(SameRole(t.config.Role))
+	}
 }
 
 // reconcile is B4: after a mere reconnect, keys that both name are kept;

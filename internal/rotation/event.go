@@ -40,8 +40,8 @@ type (
 	// OtherVersion says that the peer sent a bootstrap message of a protocol
 	// version that cannot be decoded.
 	OtherVersion struct{ Version uint16 }
-	// RoleConflict says that the peer takes itself for the client, as this
-	// end does.
+	// RoleConflict says that the peer takes itself for what this end is:
+	// client, or server.
 	RoleConflict struct{}
 )
 

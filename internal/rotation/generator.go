@@ -90,7 +90,7 @@ func (g *KeyGenerator) Step(now time.Time, e Event) []Effect {
 	case OtherVersion:
 		g.otherVersion(e.Version)
 	case RoleConflict:
-		g.refuse([]wire.Difference{{Field: "role", Client: "client", Server: "client"}})
+		g.roleConflict()
 	case Fetched:
 		g.fetched(e)
 	case Received:
