@@ -34,7 +34,7 @@ the address to listen at, each KMS (what its status says; no key is taken), and
 each peer's rotator that has an address: whether it is reached and proves the
 configured identity. Nothing is changed. Where the rotator of the interface
 runs, its own links are looked at instead, since a second connection would
-disturb them.
+disturb them, and the identity has to be the one that it was started with.
 
 Exit code 1: the configuration is wrong. Exit code 3: something else is.`,
 		Args:              exactly("CONFIG|INTERFACE"),
@@ -105,9 +105,12 @@ func (d *dirs) check(ctx context.Context, c *config.Config, r *results) {
 	}
 	identity, identityErr := daemon.ReadIdentity(c)
 	line := r.next("identity")
-	if identityErr != nil {
+	switch {
+	case identityErr != nil:
 		r.fail(line, identityErr)
-	} else {
+	case running != nil && running.Identity != identity.Fingerprint().String():
+		r.fail(line, fmt.Errorf("%v; the running rotator has another until it is brought down and up", identity.Fingerprint()))
+	default:
 		r.set(line, "ok", identity.Fingerprint().String())
 	}
 	checkListen(ctx, c, running, r)

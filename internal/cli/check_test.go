@@ -1,11 +1,50 @@
 package cli
 
 import (
+	"crypto/rand"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
 	"testing"
 
 	"keyturn/internal/config"
 	"keyturn/internal/kms"
+	"keyturn/internal/link"
 )
+
+// TestCheckIdentity: beside a running rotator, whose links are looked at, an
+// identity is only right if that rotator has it.
+func TestCheckIdentity(t *testing.T) {
+	id, err := link.GenerateIdentity(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	conf := filepath.Join(dir, "wg0.yaml")
+	for name, content := range map[string]string{
+		filepath.Join(dir, "identity.key"): id.Secret() + "\n",
+		conf: "interface: wg0\nidentity: identity.key\nlisten: \"127.0.0.1:51898\"\npeers:\n  - name: lisbon\n" +
+			"    public_key: 9OmSKzF5QHD5mckhBHyoN2uPPRGJNDYOl15+DKbtV1M=\n" +
+			"    identity: ri+8BEqTL5AkksdpZDhtccwakP71+bhxw3owSO9WH+o=\n    role: server\n    kems: [ML-KEM-1024]\n",
+	} {
+		if err := os.WriteFile(name, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, tt := range []struct{ running, result string }{
+		{id.Fingerprint().String(), "ok"}, {sample().Identity, "failed"},
+	} {
+		status := sample()
+		status.Identity = tt.running
+		d, _ := startLive(t, status)
+		out, errOut, code := keyturn(t, d, "check", conf)
+		line := regexp.MustCompile(`(?m)^identity +(\w+) +(.*)$`).FindStringSubmatch(out)
+		if code != exitDegraded || line == nil || line[1] != tt.result || !strings.HasPrefix(line[2], id.Fingerprint().String()) {
+			t.Errorf("running as %s: exit code %d\n%s%s", tt.running, code, out, errOut)
+		}
+	}
+}
 
 // TestDescribeKMS: what a KMS says of itself is told, and what keeps it from
 // serving a peer is an error.
