@@ -77,6 +77,7 @@ func TakeClaim(ctx context.Context, iface, runDir string) (*Claim, error) {
 	ctx, cancel := context.WithTimeout(ctx, claimTime)
 	defer cancel()
 	name := claimPrefix + iface
+	last := &HeldError{UID: -1}
 	for {
 		l, err := new(net.ListenConfig).Listen(ctx, "unix", name)
 		if err == nil {
@@ -85,41 +86,48 @@ func TakeClaim(ctx context.Context, iface, runDir string) (*Claim, error) {
 		if !errors.Is(err, unix.EADDRINUSE) {
 			return nil, fmt.Errorf("claim interface: %w", err)
 		}
-		if held := holder(ctx, name); held != nil {
-			return nil, held
+		held, sure := holder(ctx, name)
+		if held != nil {
+			last = held
 		}
-		// It has gone, does not listen yet, or too many others ask.
+		if sure {
+			return nil, last
+		}
+		// It has gone or is about to, does not listen yet, or too many others ask.
 		select {
 		case <-time.After(claimRetry):
 		case <-ctx.Done():
-			return nil, &HeldError{UID: -1}
+			return nil, last
 		}
 	}
 }
 
-// holder asks who has a name; nil if nobody answers.
-func holder(ctx context.Context, name string) *HeldError {
+// holder asks who has a name; nil if nobody answers. It is sure of a rotator
+// that says its run directory, or says nothing and stays: one that was killed a
+// moment ago hangs up.
+func holder(ctx context.Context, name string) (held *HeldError, sure bool) {
 	c, err := new(net.Dialer).DialContext(ctx, "unix", name)
 	if err != nil {
-		return nil
+		return nil, false
 	}
 	defer c.Close()
 	// The kernel noted it when the socket began to listen: no exec since then,
 	// and no use of that PID by another process, makes a root's of it.
 	cred, err := credentials(c)
 	if err != nil {
-		return nil
+		return nil, false
 	}
-	held := &HeldError{Rotator: trusted(cred), PID: int(cred.Pid), UID: int(cred.Uid)}
-	if held.Rotator {
-		deadline, _ := ctx.Deadline()
-		_ = c.SetReadDeadline(deadline)
-		b, err := io.ReadAll(io.LimitReader(c, unix.PathMax))
-		if err == nil && filepath.IsAbs(string(b)) {
-			held.RunDir = string(b)
-		}
+	held = &HeldError{Rotator: trusted(cred), PID: int(cred.Pid), UID: int(cred.Uid)}
+	if !held.Rotator {
+		return held, true
 	}
-	return held
+	deadline, _ := ctx.Deadline()
+	_ = c.SetReadDeadline(deadline)
+	b, err := io.ReadAll(io.LimitReader(c, unix.PathMax))
+	if err == nil && filepath.IsAbs(string(b)) {
+		held.RunDir = string(b)
+	}
+	return held, held.RunDir != "" || errors.Is(err, os.ErrDeadlineExceeded)
 }
 
 func trusted(cred *unix.Ucred) bool { return cred.Uid == 0 || int64(cred.Uid) == int64(os.Geteuid()) }

@@ -84,6 +84,41 @@ func TestClaimSquatted(t *testing.T) {
 	l.Close()
 }
 
+// TestClaimOfDying: the socket of a process that was killed goes a little later
+// than the signal comes.
+func TestClaimOfDying(t *testing.T) {
+	l, err := net.Listen("unix", claimPrefix+ownName(6))
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for range 3 {
+			if c, err := l.Accept(); err == nil {
+				c.Close()
+			}
+		}
+		l.Close()
+	}()
+	c, err := TakeClaim(t.Context(), ownName(6), "/run/next")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Release()
+}
+
+// TestClaimOfStopped: a rotator that is stopped, and so silent, is one.
+func TestClaimOfStopped(t *testing.T) {
+	l, err := net.Listen("unix", claimPrefix+ownName(7))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, err = TakeClaim(t.Context(), ownName(7), "/run/next")
+	if held, ok := errors.AsType[*HeldError](err); !ok || *held != (HeldError{Rotator: true, PID: os.Getpid(), UID: os.Geteuid()}) {
+		t.Errorf("got %v", err)
+	}
+}
+
 // TestClaimNotAnswered: a name that is bound only, and so shows no user.
 func TestClaimNotAnswered(t *testing.T) {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
