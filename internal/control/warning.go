@@ -35,6 +35,7 @@ const (
 	KeyStale         Code = "key_stale"
 	TunnelBlocked    Code = "tunnel_blocked"
 	FallbackUsed     Code = "fallback_used"
+	RecoveryKey      Code = "recovery_key"
 	ForeignChange    Code = "foreign_change"
 	ForeignTool      Code = "foreign_tool"
 	PeerIsMissing    Code = "peer_missing"
@@ -63,6 +64,7 @@ var catalogue = map[Code]struct {
 	KeyStale:         {SeverityError, "no fresh key for longer than max_key_age"},
 	TunnelBlocked:    {SeverityError, "the tunnel is closed until a verified key is there"},
 	FallbackUsed:     {SeverityError, "the tunnel fell back to its initial pre-shared key"},
+	RecoveryKey:      {SeverityWarning, "the tunnel is back by its recovery key, until the next key"},
 	ForeignChange:    {SeverityWarning, "another program changed the pre-shared key"},
 	ForeignTool:      {SeverityWarning, "another program keeps changing the pre-shared key"},
 	PeerIsMissing:    {SeverityError, "WireGuard does not know the peer"},

@@ -60,6 +60,8 @@ const (
 	flagAgreed  = 1
 	flagSeen    = 2
 	flagConfirm = 4
+	flagRecover = 8
+	allFlags    = 15
 )
 
 // JournalDir is where the journals of an interface lie without a configured path.
@@ -176,6 +178,10 @@ func (f *files) Load(p wg.PublicKey) (rotation.Journal, error) {
 	if !f.records[p] {
 		return j, err
 	}
+	if len(j.Entries) > 0 && j.Entries[0].Recovery { // kept before there was a fallback
+		j.Entries[0].Key.Wipe()
+		j.Entries = j.Entries[1:]
+	}
 	recorded, err2 := f.read(f.initial, p)
 	if len(recorded.Entries) == 1 && (len(j.Entries) == 0 || j.Entries[0].Serial != 0) {
 		j.Entries = append(recorded.Entries, j.Entries...)
@@ -282,7 +288,7 @@ func (f *files) encode(j *rotation.Journal, p wg.PublicKey) ([]byte, error) {
 	b = append(b, byte(len(j.Entries)))
 	for _, e := range j.Entries {
 		flags := byte(0)
-		for i, set := range []bool{e.Agreed, e.Seen, e.Confirmed} {
+		for i, set := range []bool{e.Agreed, e.Seen, e.Confirmed, e.Recovery} {
 			if set {
 				flags |= 1 << i
 			}
@@ -354,11 +360,11 @@ func (f *files) decode(b []byte, p wg.PublicKey) (rotation.Journal, error) {
 	for ; len(rest) > 0; rest = rest[entrySize:] {
 		e := rotation.Entry{Serial: binary.BigEndian.Uint64(rest)}
 		flags := rest[8]
-		if n := len(j.Entries); flags > 7 || n > 0 && e.Serial <= j.Entries[n-1].Serial {
+		if n := len(j.Entries); flags > allFlags || n > 0 && e.Serial <= j.Entries[n-1].Serial {
 			j.Wipe()
 			return rotation.Journal{}, errFormat
 		}
-		e.Agreed, e.Seen, e.Confirmed = flags&flagAgreed != 0, flags&flagSeen != 0, flags&flagConfirm != 0
+		e.Agreed, e.Seen, e.Confirmed, e.Recovery = flags&flagAgreed != 0, flags&flagSeen != 0, flags&flagConfirm != 0, flags&flagRecover != 0
 		if ns := int64(binary.BigEndian.Uint64(rest[9:])); ns != 0 {
 			e.Installed = time.Unix(0, ns)
 		}

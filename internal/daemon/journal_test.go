@@ -43,7 +43,7 @@ func same(a, b rotation.Journal) bool {
 	for i, x := range a.Entries {
 		y := b.Entries[i]
 		if !x.Key.Equal(y.Key) || !x.Installed.Equal(y.Installed) || x.Serial != y.Serial ||
-			x.Agreed != y.Agreed || x.Seen != y.Seen || x.Confirmed != y.Confirmed {
+			x.Agreed != y.Agreed || x.Seen != y.Seen || x.Confirmed != y.Confirmed || x.Recovery != y.Recovery {
 			return false
 		}
 	}
@@ -72,6 +72,30 @@ func stores(t *testing.T, f func(t *testing.T, open func() (*files, error), dir 
 			f(t, func() (*files, error) { return openStore(c, base, base) }, dir)
 		})
 	}
+}
+
+// A recovery key is read back as one; where fallback: initial has come since,
+// the recorded PSK takes its place.
+func TestJournalRecovery(t *testing.T) {
+	stores(t, func(t *testing.T, open func() (*files, error), _ string) {
+		f, err := open()
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := sample(t)
+		want.Entries[0].Recovery = true
+		if err := f.Save(madrid, &want); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := f.Load(madrid); err != nil || !same(got, want) {
+			t.Errorf("it is not read back: %v", err)
+		}
+		f.records[madrid] = true
+		got, err := f.Load(madrid)
+		if want.Entries = want.Entries[1:]; err != nil || !same(got, want) {
+			t.Errorf("with fallback: %d entries, %v", len(got.Entries), err)
+		}
+	})
 }
 
 func TestJournal(t *testing.T) {

@@ -37,7 +37,8 @@ func TestVectors(t *testing.T) {
 func fingerprintVectors() string {
 	k := testKey(0x01)
 	f := k.Fingerprint() // sliced below, for %x of a fingerprint is that of its short form
-	return fmt.Sprintf("\nfingerprint\n  key          %x\n  fingerprint  %x\n", k.Bytes(), f[:])
+	return fmt.Sprintf("\nfingerprint\n  key          %x\n  fingerprint  %x\n", k.Bytes(), f[:]) +
+		fmt.Sprintf("\nrecovery key\n  key           %x\n  recovery key  %x\n", k.Bytes(), k.Recovery().Bytes())
 }
 
 func combineVectors(t *testing.T) string {

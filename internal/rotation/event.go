@@ -202,12 +202,13 @@ type Journal struct {
 
 // Entry is one key of a Journal.
 type Entry struct {
-	Serial    uint64 // zero: the PSK found at the first start
+	Serial    uint64 // zero: the PSK found at the first start, or the recovery key
 	Key       *psk.Key
 	Installed time.Time // wall clock of its first installation; zero: never installed here
 	Agreed    bool      // both ends reported it installed
 	Seen      bool      // a later handshake was observed here
 	Confirmed bool      // at both ends
+	Recovery  bool      // with serial zero: the recovery key, no longer the PSK found
 }
 
 // Wipe overwrites the journal's keys.

@@ -11,7 +11,7 @@ import (
 // record is a key in the scheduler's hands, from being pulled (client) or
 // committed (server) until it is erased.
 type record struct {
-	serial  uint64 // zero: the PSK found at the first start
+	serial  uint64 // zero: the PSK found at the first start, or the recovery key
 	key     *psk.Key
 	print   psk.Fingerprint
 	sources wire.Sources // zero: of an earlier process, whose KEMs may have been others
@@ -23,6 +23,7 @@ type record struct {
 	confirmed bool      // at both ends
 	failed    bool      // WireGuard refused it a moment ago: another key may do better
 	doubtful  bool      // WireGuard refused it, but it may have taken all the same
+	recovery  bool      // the recovery key (S4), in the place of the PSK found
 	lost      bool      // agreed on once, and then an older one again: the other end may still count on it
 
 	saveToken uint64 // of the first Save that holds it
@@ -38,14 +39,15 @@ var none = wire.Named{}
 
 func (r *record) name() wire.Named { return wire.Named{Serial: r.serial, Fingerprint: r.print} }
 
-// found says that the record is the PSK found at the first start: not ours,
-// never verified.
+// found says that the record is the PSK found at the first start, which is not
+// ours and was never verified, or the recovery key in its place: what ranks
+// below every key that was agreed on afresh.
 func (r *record) found() bool { return r.serial == 0 }
 
 // listed says whether the peer is told of the key: the PSK found only under
 // fallback, and never the absence of one.
 func (r *record) listed(fallback bool) bool {
-	return !r.found() || fallback && !r.print.IsZero()
+	return !r.found() || r.recovery || fallback && !r.print.IsZero()
 }
 
 // age is the time since the first installation, zero before it.
@@ -78,7 +80,7 @@ func (t *Tunnel) lastConfirmed() *record {
 	return nil
 }
 
-// foundRecord is the PSK found at the first start.
+// foundRecord is the PSK found at the first start, or the recovery key.
 func (t *Tunnel) foundRecord() *record {
 	if len(t.records) > 0 && t.records[0].found() {
 		return t.records[0]
@@ -87,8 +89,8 @@ func (t *Tunnel) foundRecord() *record {
 }
 
 // candidates are the keys that may be installed at the other end, never more
-// than MaxCandidates: the base, those committed above it, and with fallback
-// the PSK found (H2). The newest come first.
+// than MaxCandidates: the base, those committed above it, and the recovery key,
+// or with fallback the PSK found (H2). The newest come first.
 func (t *Tunnel) candidates(usable func(*record) bool) []*record {
 	base := t.base()
 	var all []*record
@@ -97,7 +99,7 @@ func (t *Tunnel) candidates(usable func(*record) bool) []*record {
 	if base != nil {
 		room--
 	}
-	if found != nil && found != base && (t.config.Fallback && !found.print.IsZero() || t.lastConfirmed() == nil) {
+	if found != nil && found != base && (found.listed(t.config.Fallback) || t.lastConfirmed() == nil) {
 		room--
 	} else {
 		found = nil
@@ -141,7 +143,7 @@ func (t *Tunnel) journal() Journal {
 	for _, r := range t.records {
 		j.Entries = append(j.Entries, Entry{
 			Serial: r.serial, Key: r.key.Clone(), Installed: r.wall,
-			Agreed: r.agreed, Seen: r.seen, Confirmed: r.confirmed,
+			Agreed: r.agreed, Seen: r.seen, Confirmed: r.confirmed, Recovery: r.recovery,
 		})
 	}
 	return j
@@ -156,7 +158,7 @@ func (t *Tunnel) Restore(j Journal, now, wall time.Time) {
 	for _, e := range j.Entries {
 		r := &record{
 			serial: e.Serial, key: e.Key, print: e.Key.Fingerprint(), wall: e.Installed,
-			agreed: e.Agreed, seen: e.Seen, confirmed: e.Confirmed, journaled: true,
+			agreed: e.Agreed, seen: e.Seen, confirmed: e.Confirmed, recovery: e.Recovery, journaled: true,
 		}
 		if !e.Installed.IsZero() {
 			age := wall.Sub(e.Installed)

@@ -118,6 +118,7 @@ type Config struct {
 	BlockStale bool      // on_stale: block
 	BlockStart bool      // start: block
 	Fallback   bool      // fallback: initial
+	Recovery   bool      // keep a recovery key: the journal survives a reboot, and there is no fallback
 	Inside     bool      // until the first link: it runs inside the tunnel, or may
 	Random     io.Reader // session ids, KEM seeds, jitter; never fails
 }

@@ -49,7 +49,8 @@ type KeyRotationScheduler struct {
 	confirmed    uint64 // newest confirmed serial
 	journaled    uint64 // the same, known to be in the journal
 	saveAt       time.Time
-	verifiedOnce bool // a verified key was installed at some time
+	verifiedOnce bool   // a verified key was installed at some time
+	keptFor      uint64 // newest confirmed serial for which the recovery key was looked at
 
 	// The peer.
 	session   wire.SessionID
@@ -369,6 +370,7 @@ func (s *KeyRotationScheduler) reported(m *wire.Report) {
 	// A committed key that the peer neither has installed nor holds can never
 	// be accepted in this session. One that the client took from its buffer in
 	// this session is only unlisted because the server could not set it (R1).
+	s.recognise(m)
 	if s.op == nil {
 		base := t.base()
 		for _, r := range slices.Clone(t.records) {
@@ -418,12 +420,16 @@ func (s *KeyRotationScheduler) prune() {
 	t := s.tunnel
 	base, confirmed := t.base(), t.lastConfirmed()
 	both := confirmed != nil && s.journaled >= confirmed.serial && s.peer != nil && s.peer.Confirmed >= confirmed.serial
+	if both && s.keptFor != confirmed.serial {
+		s.keptFor = confirmed.serial
+		s.keep(confirmed)
+	}
 	erased := false
 	for _, r := range slices.Clone(t.records) {
 		switch {
 		case r == s.installed || r == base || r == confirmed || s.op != nil && s.op.record == r:
 		case base != nil && r.serial > base.serial:
-		case r.found() && (confirmed == nil || t.config.Fallback):
+		case r.found() && (confirmed == nil || t.config.Fallback || r.recovery):
 		case !both && (r.confirmed || r.found() || confirmed != nil && r.serial < confirmed.serial):
 		default:
 			t.erase(r)

@@ -36,7 +36,8 @@ type View struct {
 	Installed wire.Named // zero fingerprint: none
 	Since     time.Time  // wall clock of its first installation
 	Sources   wire.Sources
-	Found     bool // Installed is the PSK found, not one of ours
+	Found     bool // Installed is the PSK found, not one of ours, or the recovery key
+	Recovery  bool // Installed is the recovery key
 	Confirmed wire.Named
 	// Protected: a verified key is installed that is confirmed, or follows a
 	// confirmed one and waits for its handshake; and it is fresh.
@@ -64,7 +65,7 @@ func (s *KeyRotationScheduler) View() View {
 		v.Confirmed = r.name()
 	}
 	if in := s.installed; in != nil {
-		v.Installed, v.Since, v.Sources, v.Found = in.name(), in.wall, in.sources, in.found()
+		v.Installed, v.Since, v.Sources, v.Found, v.Recovery = in.name(), in.wall, in.sources, in.found(), in.recovery
 		v.Protected = !in.found() && !s.stale && s.confirmed != 0 && !s.hunting && s.absent < 2 && !s.foreign() && !s.underFound && !s.apart()
 	}
 	v.State = s.state()

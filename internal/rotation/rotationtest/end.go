@@ -74,7 +74,7 @@ func (e *End) Start() {
 	e.config = rotation.Config{
 		Role: role, Parameters: parameters(&w.Options, e.index), KEMs: []kem.Scheme{Sham},
 		Heartbeat: e.heartbeat(), MaxKeyAge: w.MaxKeyAge, Fallback: w.Fallback,
-		BlockStale: w.BlockStale, BlockStart: w.BlockStart, Inside: w.Inside, Random: w.random,
+		BlockStale: w.BlockStale, BlockStart: w.BlockStart, Inside: w.Inside, Recovery: w.Persistent && !w.Fallback, Random: w.random,
 	}
 	e.config.Identity = identity(e.index)
 	_, _ = w.random.Read(e.config.Boot[:])
@@ -566,6 +566,11 @@ func (e *End) store(j rotation.Journal) {
 			e.recorded = &r
 		}
 	}
+	for _, x := range j.Entries {
+		if x.Recovery {
+			e.recovers(&x, j.Entries)
+		}
+	}
 	for p := range e.inJournal {
 		if !now[p] {
 			e.erased[p] = true
@@ -585,6 +590,23 @@ func (e *End) store(j rotation.Journal) {
 		w.fail("%s: %d keys may be installed at the other end, and a hunt walks through %d", names[e.index], n, maxCandidates)
 	}
 	w.checkCommon()
+}
+
+// recovers is the invariant of a recovery key: it comes of a key that both ends
+// verified.
+func (e *End) recovers(x *rotation.Entry, entries []rotation.Entry) {
+	w := e.world
+	p := x.Key.Fingerprint()
+	for _, from := range entries {
+		f := from.Key.Fingerprint()
+		if from.Confirmed && w.Ends[0].verified[f] && w.Ends[1].verified[f] && from.Key.Recovery().Fingerprint() == p {
+			w.recovery[p] = true
+		}
+	}
+	if !w.recovery[p] {
+		w.fail("%s: the recovery key %v comes of no key that both ends verified", names[e.index], p)
+	}
+	e.known[p] = true
 }
 
 // setPSK is WireGuard taking a PSK, and the place where keys are checked.

@@ -50,16 +50,17 @@ type World struct {
 	KMS    KMS
 	Tunnel Network
 
-	rng     *rand.Rand
-	random  *rand.ChaCha8
-	queue   queue
-	order   uint64
-	err     error
-	confirm map[wire.Named]int // by which ends
-	since   map[wire.Named]int // the same since a journal was lost
-	calms   int
-	common  psk.Fingerprint // last key confirmed by both since a journal was lost
-	apart   time.Duration   // for which the ends have differed although all is well
+	rng      *rand.Rand
+	random   *rand.ChaCha8
+	queue    queue
+	order    uint64
+	err      error
+	confirm  map[wire.Named]int       // by which ends
+	since    map[wire.Named]int       // the same since a journal was lost
+	recovery map[psk.Fingerprint]bool // keys that come of those that both ends verified
+	calms    int
+	common   psk.Fingerprint // last key confirmed by both since a journal was lost
+	apart    time.Duration   // for which the ends have differed although all is well
 }
 
 // Client and Server are the indices of the ends.
@@ -80,12 +81,13 @@ func New(o Options) *World {
 		seed[i] = byte(o.Seed >> (8 * i))
 	}
 	w := &World{
-		Options: o,
-		Now:     time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC),
-		rng:     rand.New(rand.NewPCG(o.Seed, 1)), //nolint:gosec // a simulation that can be repeated
-		random:  rand.NewChaCha8(seed),
-		confirm: map[wire.Named]int{},
-		since:   map[wire.Named]int{},
+		Options:  o,
+		Now:      time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC),
+		rng:      rand.New(rand.NewPCG(o.Seed, 1)), //nolint:gosec // a simulation that can be repeated
+		random:   rand.NewChaCha8(seed),
+		confirm:  map[wire.Named]int{},
+		since:    map[wire.Named]int{},
+		recovery: map[psk.Fingerprint]bool{},
 	}
 	w.KMS.keys = map[string][2]*psk.Key{}
 	initial, _ := psk.Random(w.random)
