@@ -12,6 +12,9 @@ func (s *KeyRotationScheduler) observe(o Observed) {
 		s.alive = false // ages are unknown until the next change: probe
 		s.probeAt = s.now
 	}
+	if o.Wall.After(s.highest) {
+		s.highest = o.Wall
+	}
 	if !o.Present {
 		// A dump during which peers are removed can be short: one absence
 		// says nothing.

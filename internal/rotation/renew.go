@@ -26,9 +26,11 @@ func (s *KeyRotationScheduler) tried() bool {
 }
 
 // unheeded says that no session can be alive at this end, and that its clock has
-// gone back since the last handshake: the other end refuses what begins here.
+// gone back: the other end may refuse what begins here.
 func (s *KeyRotationScheduler) unheeded() bool {
-	return s.last.Handshake.After(s.wall()) &&
+	wall := s.wall()
+	// A handshake that began before the clock went back can be stamped after.
+	return (s.last.Handshake.After(wall) || s.highest.After(wall)) &&
 		(s.due(s.born.Add(SessionLife)) || s.unheard[1].Sub(s.unheard[0]) >= DeadAfter)
 }
 
@@ -114,6 +116,7 @@ func (s *KeyRotationScheduler) renewed(err error) {
 		return
 	}
 	s.alive = false
+	s.highest = s.wall()
 	s.probeAt, s.helpAt = s.now, s.now.Add(helpEvery)
 	s.note(NoteRenewed, none, "no handshake succeeds, for a clock has gone back: the peer was removed from WireGuard and added again")
 }

@@ -32,6 +32,7 @@ type KeyRotationScheduler struct {
 	trying      [2]time.Time // first and last sign of handshake attempts since the session grew old
 	unheard     [2]time.Time // first and last sign of sending while nothing but handshakes is heard
 	received    time.Time    // the last sign of receiving anything
+	highest     time.Time    // reading of the wall clock
 	born        time.Time    // no session is younger: the last handshake, or the first dump
 
 	// What is set.

@@ -357,22 +357,29 @@ func (w *World) data(e *End, ping bool) {
 	if ping && n.established {
 		n.Sent++
 	}
+	counts := ping && n.established
 	lost := func() {
-		if ping && n.established {
+		if counts {
 			n.Lost++
 			w.trace("packet from %s lost", names[e.index])
 		}
 	}
+	life := d.life
 	if !d.session.live(w.Now) {
 		d.session = nil
 		w.initiate(e)
-		lost()
+		// WireGuard keeps it until there is a session; whoever sent it waits
+		// for a second.
+		w.after(time.Second, func() {
+			if d := &e.device; d.life != life || !d.session.live(w.Now) {
+				lost()
+			}
+		})
 		return
 	}
 	w.refresh(e)
 	if d.unheard.IsZero() {
 		d.unheard = w.Now
-		life := d.life
 		w.after(15*time.Second, func() {
 			if e.device.life == life && e.device.unheard.Equal(w.Now.Add(-15*time.Second)) && !e.Gone && !e.asleep {
 				w.initiate(e)
@@ -386,10 +393,10 @@ func (w *World) data(e *End, ping bool) {
 		return
 	}
 	peer := w.Ends[1-e.index]
-	life := peer.device.life
+	theirs := peer.device.life
 	w.after(n.delay, func() {
 		p := &peer.device
-		if !s.live(w.Now) || !s.known[peer.index] || peer.Gone || peer.asleep || p.life != life {
+		if !s.live(w.Now) || !s.known[peer.index] || peer.Gone || peer.asleep || p.life != theirs {
 			lost()
 			return
 		}
