@@ -288,7 +288,7 @@ func (w *world) faults() []action {
 type next struct {
 	action action
 	digest digest
-	world  *world // nil if the state was met before
+	world  *world // nil if the state was met before, and is not to be compared
 	wrong  string
 	met    bool
 }
@@ -313,6 +313,8 @@ type explorer struct {
 	edges  int
 	depth  int
 
+	compared int // of the states met again
+
 	recovery, confirm time.Duration // the longest that calm took to each
 }
 
@@ -322,13 +324,21 @@ type worker struct {
 	codecs codecs
 }
 
-func (x *explorer) expand(k *worker, w *world) []next {
+func newWorker() worker { return worker{codecs: codecs{}} }
+
+// sampled picks one action in so many: if it leads to a state that was met before
+// it is looked at whether that state is the same.
+func (x *explorer) sampled(from int32, n int) bool { return (int(from)+n)%sampleRate == 0 }
+
+const sampleRate = 509
+
+func (x *explorer) expand(k *worker, from int32, w *world) []next {
 	var out []next
 	do := func(a action) [2]int {
 		c := w.clone()
 		c.apply(a)
 		n := next{action: a, digest: k.scribe.digest(k.codecs, c), wrong: c.wrong, met: c.met}
-		if _, known := x.index[n.digest]; !known {
+		if _, known := x.index[n.digest]; !known || x.sampled(from, len(out)) {
 			n.world = c
 		}
 		out = append(out, n)
@@ -381,7 +391,7 @@ func (x *explorer) run() (wrong string, root int, schedule []action) {
 	x.index = map[digest]int32{}
 	workers := make([]worker, runtime.GOMAXPROCS(0))
 	for i := range workers {
-		workers[i].codecs = codecs{}
+		workers[i] = newWorker()
 	}
 	var level []node
 	for root := range max(1, len(x.scope.roots)) {
@@ -401,7 +411,7 @@ func (x *explorer) run() (wrong string, root int, schedule []action) {
 			for i := range workers {
 				group.Go(func() {
 					for j := i; j < len(part); j += len(workers) {
-						results[j] = x.expand(&workers[i], part[j].world)
+						results[j] = x.expand(&workers[i], part[j].index, part[j].world)
 						part[j].world = nil
 					}
 				})
@@ -419,6 +429,11 @@ func (x *explorer) run() (wrong string, root int, schedule []action) {
 					if !known {
 						i = x.add(s.digest, s.world, from, s.action)
 						following = append(following, node{i, s.world})
+					} else if x.sampled(from, n) {
+						if wrong := x.apart(i, s.world); wrong != "" {
+							root, schedule = x.path(from)
+							return wrong, root, append(schedule, s.action)
+						}
 					}
 					if n == 0 { // the fair one
 						if x.fair[from] = i; s.met {
@@ -540,6 +555,33 @@ func show(s *scope, root int, schedule []action, calm time.Duration) string {
 		w.apply(w.fair())
 	}
 	return b.String()
+}
+
+// apart compares two worlds that are written down as one state, the one that
+// it was first met as and another, by all that can happen next in each, and
+// says what tells them apart. Where nothing does, at any of its states, the
+// scribe leaves nothing out that matters.
+func (x *explorer) apart(i int32, w *world) string {
+	k := newWorker()
+	root, schedule := x.path(i)
+	first := newWorld(x.scope, root)
+	for _, a := range schedule {
+		first.apply(a)
+	}
+	x.compared++
+	if first.good() != w.good() || first.works() != w.works() {
+		return "one state is good in one world, and not in another"
+	}
+	a, b := x.expand(&k, i, first), x.expand(&k, i, w)
+	if len(a) != len(b) {
+		return fmt.Sprintf("in one state %d things can happen in one world, and %d in another", len(a), len(b))
+	}
+	for j := range a {
+		if a[j].action != b[j].action || a[j].digest != b[j].digest || (a[j].wrong == "") != (b[j].wrong == "") || a[j].met != b[j].met {
+			return fmt.Sprintf("one state leads to two: by %v in one world, by %v in another, first met after:\n%s", a[j].action, b[j].action, show(x.scope, root, schedule, 0))
+		}
+	}
+	return ""
 }
 
 // replayed repeats the schedule to a state from its root and says whether it
@@ -674,8 +716,8 @@ func TestExplore(t *testing.T) {
 			if wrong != "" {
 				t.Fatalf("%s\nafter %d actions, of %d states visited:\n%s", wrong, len(schedule), len(x.parent), show(&s, root, schedule, 2*s.bound))
 			}
-			t.Logf("%d states, %d actions, %d deep, in %.1f s; in calm the tunnel works within %v, and a further key is confirmed within %v",
-				len(x.parent), x.edges, x.depth, time.Since(start).Seconds(), x.recovery, x.confirm)
+			t.Logf("%d states, %d actions, %d deep, %d compared, in %.1f s; in calm the tunnel works within %v, and a further key is confirmed within %v",
+				len(x.parent), x.edges, x.depth, x.compared, time.Since(start).Seconds(), x.recovery, x.confirm)
 			for i := int32(0); int(i) < len(x.parent); i += 5003 {
 				if !x.replayed(i) {
 					t.Fatalf("the schedule to state %d leads to another: copies share something, or the model is not deterministic", i)

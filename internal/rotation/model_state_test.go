@@ -96,24 +96,26 @@ func cloneMachines(random *world, t *Tunnel, g *KeyGenerator, s *KeyRotationSche
 type rule uint8
 
 const (
-	byType  rule = iota
-	skip         // only shown or derived, or written by hand
-	due          // a time that only matters until it has come
-	mark         // a time of which only matters whether there is one
-	brief        // a past time that no rule looks at after 8 s
-	serial       // counters, each kind ranked for itself
-	token        // of one end
-	own          // sequence of this end's reports
-	others       // of the other's
-	attempt      // commits
-	boot         // inits
-	sid          // WireGuard's sessions
-	stamped      // a time that is compared, and has an age
-	capped       // a count of failures, of which more than ten are as ten
+	byType   rule = iota
+	skip          // only shown or derived, or written by hand
+	due           // a time that only matters until it has come
+	mark          // a time of which only matters whether there is one
+	brief         // a past time that no rule looks at after 8 s
+	serial        // counters, each kind ranked for itself
+	token         // of one end
+	own           // sequence of this end's reports
+	others        // of the other's
+	attempt       // commits
+	boot          // inits
+	sid           // WireGuard's sessions
+	stamped       // a time that is compared, and has an age
+	capped        // a count of failures, of which more than ten are as ten
+	evidence      // first and last sign: of the last only matters how long after the first it came
 )
 
 var rules = map[string]rule{
 	"KeyRotationScheduler.tunnel": skip, "KeyRotationScheduler.now": skip, "KeyRotationScheduler.out": skip, "KeyRotationScheduler.wake": skip,
+	"KeyRotationScheduler.trying": evidence, "KeyRotationScheduler.unheard": evidence, "KeyRotationScheduler.heard": brief,
 	"KeyRotationScheduler.setAt": brief, "KeyRotationScheduler.probeAt": due, "KeyRotationScheduler.saveAt": due,
 	"KeyRotationScheduler.token": token, "KeyRotationScheduler.confirmedIn": skip,
 	"KeyRotationScheduler.confirmed": serial, "KeyRotationScheduler.journaled": serial,
@@ -167,7 +169,7 @@ var rules = map[string]rule{
 const oldest = 190 * time.Second
 
 // counters is how many kinds of ranked counters there are: some of one end.
-const counters = 2 * (int(capped) + 1)
+const counters = 2 * (int(evidence) + 1)
 
 // scribe writes a state down.
 type scribe struct {
@@ -248,6 +250,17 @@ func (c *scribe) time(r rule, t time.Time) {
 		age = min(age, oldest)
 	}
 	c.raw(uint64(age))
+}
+
+// signs writes the first and the last sign of something. A rule looks at what
+// lies between them, and only at whether that is DeadAfter at most.
+func (c *scribe) signs(s *[2]time.Time) {
+	if s[0].IsZero() {
+		c.raw(^uint64(0))
+		return
+	}
+	c.raw(uint64(min(c.world.now.Sub(s[0]), DeadAfter)))
+	c.raw(uint64(min(s[1].Sub(s[0]), DeadAfter)))
 }
 
 func (cs codecs) of(t reflect.Type) codec {
@@ -364,6 +377,8 @@ func (cs codecs) compileStruct(t reflect.Type) codec {
 			w = cs.of(f.Type)
 		case capped:
 			w = func(c *scribe, p unsafe.Pointer) { c.raw(uint64(min(*(*int)(p), 10))) }
+		case evidence:
+			w = func(c *scribe, p unsafe.Pointer) { c.signs((*[2]time.Time)(p)) }
 		case due, mark, brief, stamped:
 			w = func(c *scribe, p unsafe.Pointer) { c.time(r, *(*time.Time)(p)) }
 		}
