@@ -688,6 +688,7 @@ func scopes() []scope {
 		inside(beside("inside: network cut", cutBoth)),
 		slow(inside(beside("inside: reboot with journal", reboot))),
 		slow(fallback(inside(beside("inside: reboot with fallback", reboot)))),
+		slow(beside("reboot", reboot)),
 	}
 }
 
