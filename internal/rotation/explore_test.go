@@ -26,33 +26,35 @@ type act uint8
 
 // What happens by itself, and from slip on the faults.
 const (
-	arrive   act = iota // the next message of the handshake that end began
-	deliver             // the next message on the link to end
-	linger              // the next message of an earlier connection to end
-	restart             // end's rotator
-	mend                // all that is broken
-	tick                // a grain of time passes, with nothing on its way
-	slip                // the same, while something is
-	repeat              // deliver, and the message comes again
-	shut                // the connection ends, and both ends hear of it
-	half                // only end does
-	late                // as shut, but what is on the link still arrives, later
-	crash               // kill -9, also between two effects of an action
-	reboot              // of the host
-	cutLink             // until mended
-	cutBoth             // the link and the tunnel
-	failKMS             // until mended
-	failDisk            //
-	failSet             // WireGuard refuses
-	foreign             // somebody sets another PSK
+	arrive     act = iota // the next message of the handshake that end began
+	deliver               // the next message on the link to end
+	linger                // the next message of an earlier connection to end
+	restart               // end's rotator
+	mend                  // all that is broken
+	tick                  // a grain of time passes, with nothing on its way
+	photograph            // end's journal and PSK are copied: no fault yet
+	slip                  // the same as tick, while something is on its way
+	repeat                // deliver, and the message comes again
+	shut                  // the connection ends, and both ends hear of it
+	half                  // only end does
+	late                  // as shut, but what is on the link still arrives, later
+	crash                 // kill -9, also between two effects of an action
+	reboot                // of the host
+	putBack               // the host, to the copy
+	cutLink               // until mended
+	cutBoth               // the link and the tunnel
+	failKMS               // until mended
+	failDisk              //
+	failSet               // WireGuard refuses
+	foreign               // somebody sets another PSK
 	handshakeByChance
 )
 
 var actNames = [...]string{
 	"a message of the handshake arrives that was begun by", "a message reaches", "a late message reaches", "restart", "mend",
-	"time passes", "time passes, the messages are slow", "a message comes twice to", "the connection breaks",
+	"time passes", "a snapshot is taken of", "time passes, the messages are slow", "a message comes twice to", "the connection breaks",
 	"the connection breaks, and nobody hears of it but", "the connection breaks, its messages come late",
-	"crash", "reboot", "the link is cut", "the network is cut", "the kms fails at", "the disk is full at",
+	"crash", "reboot", "a snapshot is put back at", "the link is cut", "the network is cut", "the kms fails at", "the disk is full at",
 	"wireguard refuses at", "wg set at", "a handshake by chance, begun by",
 }
 
@@ -127,6 +129,10 @@ func (w *world) apply(a action) {
 		w.crash(e)
 	case reboot:
 		w.reboot(e)
+	case photograph:
+		w.photograph(e)
+	case putBack:
+		w.putBack(e)
 	case foreign:
 		w.foreignPSK(e)
 	case handshakeByChance:
@@ -271,6 +277,10 @@ func (w *world) faults() []action {
 				possible = !w.broken.disk[e]
 			case failSet:
 				possible = !w.broken.sets[e]
+			case photograph:
+				possible = w.hosts[client].snapshot == nil && w.hosts[server].snapshot == nil
+			case putBack:
+				possible = h.snapshot != nil
 			case foreign:
 				possible = !h.strange
 			case handshakeByChance:
@@ -672,6 +682,7 @@ func scopes() []scope {
 	twice := func(s scope) scope { s.budget = 2; return s }
 	fallback := func(s scope) scope { s.fallback, s.persists = true, false; return s }
 	slow := func(s scope) scope { s.outages = outages[1:]; return s } // no host boots at once
+	coarse := func(s scope) scope { s.grain = 4 * time.Second; return s }
 	return []scope{
 		{name: "calm", grain: time.Second, bound: besideBound, lossless: true},
 		{name: "hunt", grain: 4 * time.Second, outages: every(4*time.Second, 4*time.Second), dark: dark, bound: huntLimit, roots: hunts(3, 5)},
@@ -689,6 +700,7 @@ func scopes() []scope {
 		slow(inside(beside("inside: reboot with journal", reboot))),
 		slow(fallback(inside(beside("inside: reboot with fallback", reboot)))),
 		slow(beside("reboot", reboot)),
+		coarse(slow(beside("snapshot", photograph, putBack))),
 	}
 }
 
@@ -711,7 +723,7 @@ func TestExplore(t *testing.T) {
 	}
 	for _, s := range all {
 		t.Run(s.name, func(t *testing.T) {
-			x := &explorer{scope: &s, limit: 2_000_000}
+			x := &explorer{scope: &s, limit: 10_000_000}
 			start := time.Now()
 			wrong, root, schedule := x.run()
 			if wrong != "" {
@@ -775,7 +787,7 @@ func TestModelKnowsTheMachines(t *testing.T) {
 		}
 	}
 	for _, s := range []reflect.Type{
-		reflect.TypeFor[world](), reflect.TypeFor[host](), reflect.TypeFor[entry](), reflect.TypeFor[device](), reflect.TypeFor[session](),
+		reflect.TypeFor[world](), reflect.TypeFor[host](), reflect.TypeFor[entry](), reflect.TypeFor[snapshot](), reflect.TypeFor[device](), reflect.TypeFor[session](),
 		reflect.TypeFor[handshake](), reflect.TypeFor[wire.Named](), reflect.TypeFor[wire.Init](), reflect.TypeFor[wire.Ack](), reflect.TypeFor[wire.Propose](),
 		reflect.TypeFor[wire.Reply](), reflect.TypeFor[wire.Finish](), reflect.TypeFor[wire.Done](), reflect.TypeFor[wire.Abandon](), reflect.TypeFor[wire.Commit](),
 		reflect.TypeFor[wire.Committed](), reflect.TypeFor[wire.Refused](), reflect.TypeFor[wire.Report](), reflect.TypeFor[wire.Bye](),

@@ -159,6 +159,7 @@ var rules = map[string]rule{
 	"world.keys": skip, "world.ghosts": skip, "world.fuse": skip, "world.fused": skip, "world.effects": skip, "world.met": skip,
 	"world.foreign": skip, "world.wrong": skip, "world.trace": skip,
 	"host.tunnel": skip, "host.gen": skip, "host.sched": skip, "host.high": serial, "host.last": serial, "host.used": skip,
+	"snapshot.high": serial, "snapshot.psk": skip,
 	"entry.serial": serial, "entry.key": skip, "entry.installed": mark,
 	"device.psk": skip, "device.stamp": stamped, "device.rx": skip, "device.tx": skip, "device.tried": brief,
 	"session.id": sid, "session.print": skip, "handshake.id": sid,

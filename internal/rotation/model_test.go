@@ -64,6 +64,8 @@ type host struct {
 	found   *entry // the PSK found, in the state directory
 	device  device
 
+	snapshot *snapshot // that can be put back
+
 	last    uint64    // highest serial committed in the modes window and idle
 	used    time.Time // stamp of the handshake of the last commit in mode window
 	strange bool      // somebody else's PSK is in WireGuard
@@ -77,6 +79,14 @@ type entry struct {
 	key                     *psk.Key
 	installed               time.Time
 	agreed, seen, confirmed bool
+}
+
+// snapshot is a copy of an end's journal and PSK; never changed in place.
+type snapshot struct {
+	journal []entry
+	high    uint64
+	psk     *psk.Key
+	print   psk.Fingerprint
 }
 
 // device is WireGuard at one end: one peer.
@@ -262,7 +272,7 @@ func (w *world) crash(e int) {
 func (w *world) reboot(e int) {
 	h := &w.hosts[e]
 	w.crash(e)
-	w.reset(e)
+	w.reset(e, modelKey(1, 1))
 	if w.scope.persists {
 		return
 	}
@@ -270,6 +280,30 @@ func (w *world) reboot(e int) {
 	w.lost = true
 	for i := range w.ghosts {
 		w.ghosts[i].erased[e], w.ghosts[i].confirmed[e] = false, false
+	}
+}
+
+// photograph copies what is kept at an end.
+func (w *world) photograph(e int) {
+	h := &w.hosts[e]
+	h.snapshot = &snapshot{h.journal, h.high, h.device.psk, h.device.print}
+}
+
+// putBack makes a host what it was at its snapshot, and boots it: WireGuard
+// comes up with the PSK of then, the rotator with the journal. Nothing that was
+// confirmed before counts, at either end: the end has forgotten it, or may have.
+func (w *world) putBack(e int) {
+	h := &w.hosts[e]
+	w.crash(e)
+	w.reset(e, h.snapshot.psk)
+	h.journal, h.high, h.last = h.snapshot.journal, h.snapshot.high, 0
+	h.snapshot = nil
+	w.lost = true
+	for i := range w.ghosts {
+		g := &w.ghosts[i]
+		x := h.entry(g.print)
+		g.set[e] = g.print == h.device.print || x != nil && !x.installed.IsZero()
+		g.erased[e], g.confirmed = false, [2]bool{}
 	}
 }
 
@@ -286,8 +320,7 @@ func (w *world) foreignPSK(e int) {
 }
 
 // reset is WireGuard made anew, with the PSK of its own configuration.
-func (w *world) reset(e int) {
-	k := modelKey(1, 1)
+func (w *world) reset(e int, k *psk.Key) {
 	w.hosts[e].device = device{psk: k, print: k.Fingerprint()}
 	w.hosts[e].used = time.Time{}
 	w.hosts[e].strange, w.hosts[e].swapped = false, false
