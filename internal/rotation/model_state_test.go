@@ -111,11 +111,12 @@ const (
 	stamped       // a time that is compared, and has an age
 	capped        // a count of failures, of which more than ten are as ten
 	evidence      // first and last sign: of the last only matters how long after the first it came
+	attempts      // the same, and up to 16 s how long ago it was (W1)
 )
 
 var rules = map[string]rule{
 	"KeyRotationScheduler.tunnel": skip, "KeyRotationScheduler.now": skip, "KeyRotationScheduler.out": skip, "KeyRotationScheduler.wake": skip,
-	"KeyRotationScheduler.trying": evidence, "KeyRotationScheduler.unheard": evidence, "KeyRotationScheduler.heard": brief,
+	"KeyRotationScheduler.trying": attempts, "KeyRotationScheduler.unheard": evidence, "KeyRotationScheduler.heard": brief,
 	"KeyRotationScheduler.setAt": brief, "KeyRotationScheduler.probeAt": due, "KeyRotationScheduler.saveAt": due,
 	"KeyRotationScheduler.token": token, "KeyRotationScheduler.confirmedIn": skip,
 	"KeyRotationScheduler.confirmed": serial, "KeyRotationScheduler.journaled": serial,
@@ -123,6 +124,10 @@ var rules = map[string]rule{
 	"KeyRotationScheduler.reportAt": due, "KeyRotationScheduler.notBefore": due, "KeyRotationScheduler.nextNotBefore": due,
 	"KeyRotationScheduler.forgive": due, "KeyRotationScheduler.stepAt": due, "KeyRotationScheduler.huntProbe": due,
 	"KeyRotationScheduler.restoredAt": skip, "KeyRotationScheduler.restoreAt": due, "KeyRotationScheduler.rotations": skip,
+	"KeyRotationScheduler.received": brief, "KeyRotationScheduler.helpAt": due, "KeyRotationScheduler.renewAt": due, "KeyRotationScheduler.knockAt": due,
+	// The clocks of the model never go back.
+	"KeyRotationScheduler.highest": skip, "KeyRotationScheduler.born": skip,
+	"KeyRotationScheduler.keptFor":      serial,
 	"KeyRotationScheduler.lastRotation": skip, "KeyRotationScheduler.lastError": skip, "KeyRotationScheduler.block": skip,
 
 	"Observed.Wall": skip, "Observed.PSK": skip, "Observed.Handshake": stamped, "Observed.Rx": skip, "Observed.Tx": skip,
@@ -170,7 +175,7 @@ var rules = map[string]rule{
 const oldest = 190 * time.Second
 
 // counters is how many kinds of ranked counters there are: some of one end.
-const counters = 2 * (int(evidence) + 1)
+const counters = 2 * (int(attempts) + 1)
 
 // scribe writes a state down.
 type scribe struct {
@@ -380,6 +385,12 @@ func (cs codecs) compileStruct(t reflect.Type) codec {
 			w = func(c *scribe, p unsafe.Pointer) { c.raw(uint64(min(*(*int)(p), 10))) }
 		case evidence:
 			w = func(c *scribe, p unsafe.Pointer) { c.signs((*[2]time.Time)(p)) }
+		case attempts:
+			w = func(c *scribe, p unsafe.Pointer) {
+				signs := (*[2]time.Time)(p)
+				c.signs(signs)
+				c.raw(uint64(min(c.world.now.Sub(signs[1]), tryingRecent+time.Second)))
+			}
 		case due, mark, brief, stamped:
 			w = func(c *scribe, p unsafe.Pointer) { c.time(r, *(*time.Time)(p)) }
 		}

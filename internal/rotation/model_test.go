@@ -226,7 +226,7 @@ func (w *world) start(e int) {
 	c := Config{
 		Role:       Client,
 		Parameters: wire.Parameters{Version: wire.Version, SAE: "a", PeerSAE: "b", QKD: true, Buffer: 1, Window: 30 * time.Second},
-		Heartbeat:  2 * time.Second, MaxKeyAge: 1000 * time.Hour, Fallback: s.fallback, Random: w, Identity: [32]byte{byte(e + 1)},
+		Heartbeat:  2 * time.Second, MaxKeyAge: 1000 * time.Hour, Fallback: s.fallback, Inside: s.inside, Random: w, Identity: [32]byte{byte(e + 1)},
 	}
 	if e == server {
 		c.Role = Server
@@ -413,9 +413,9 @@ func (w *world) connect() {
 	w.drop()
 	w.hear(server) // a half-open one is replaced
 	w.up = [2]bool{true, true}
-	w.both(server, LinkUp{Peer: [32]byte{1}})
+	w.both(server, LinkUp{Peer: [32]byte{1}, Inside: w.scope.inside})
 	if w.up[client] { // unless the server crashed over it
-		w.both(client, LinkUp{Peer: [32]byte{2}})
+		w.both(client, LinkUp{Peer: [32]byte{2}, Inside: w.scope.inside})
 	}
 }
 
@@ -480,6 +480,9 @@ func (w *world) carry(e int, f Effect, generator bool) []job {
 		next = []job{{false, Saved{Token: f.Token, Err: w.save(e, f.Journal)}}}
 	case SetPSK:
 		next = []job{{false, Set{Token: f.Token, Err: w.set(e, f.Key)}}}
+	case Renew:
+		w.fail("%s: makes the peer anew, though no clock has gone back (W3)", endNames[e])
+		return nil
 	case Probe:
 		w.tell("%s: probes the tunnel", endNames[e])
 		w.packet(e)
