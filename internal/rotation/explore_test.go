@@ -42,6 +42,7 @@ const (
 	reboot                // of the host
 	putBack               // the host, to the copy
 	cutLink               // until mended
+	cutTunnel             // the link beside it works
 	cutBoth               // the link and the tunnel
 	failKMS               // until mended
 	failDisk              //
@@ -54,14 +55,14 @@ var actNames = [...]string{
 	"a message of the handshake arrives that was begun by", "a message reaches", "a late message reaches", "restart", "mend",
 	"time passes", "a snapshot is taken of", "time passes, the messages are slow", "a message comes twice to", "the connection breaks",
 	"the connection breaks, and nobody hears of it but", "the connection breaks, its messages come late",
-	"crash", "reboot", "a snapshot is put back at", "the link is cut", "the network is cut", "the kms fails at", "the disk is full at",
+	"crash", "reboot", "a snapshot is put back at", "the link is cut", "the tunnel is cut", "the network is cut", "the kms fails at", "the disk is full at",
 	"wireguard refuses at", "wg set at", "a handshake by chance, begun by",
 }
 
 func (a action) String() string {
 	s := actNames[a.kind]
 	switch a.kind {
-	case mend, tick, slip, shut, late, cutLink, cutBoth:
+	case mend, tick, slip, shut, late, cutLink, cutTunnel, cutBoth:
 	default:
 		s += " the " + endNames[a.end]
 	}
@@ -143,6 +144,9 @@ func (w *world) apply(a action) {
 		switch a.kind {
 		case cutLink:
 			w.broken.link = true
+		case cutTunnel:
+			w.broken.tunnel = true
+			w.tries = [2]handshake{}
 		case cutBoth:
 			w.broken.link, w.broken.tunnel = true, true
 			w.tries = [2]handshake{}
@@ -261,6 +265,8 @@ func (w *world) faults() []action {
 				possible = e == client && w.pending()
 			case cutLink, cutBoth:
 				possible = e == client && !w.broken.link
+			case cutTunnel:
+				possible = e == client && !w.broken.tunnel
 			case shut:
 				possible = e == client && linked
 			case late:
@@ -695,6 +701,7 @@ func scopes() []scope {
 		lossless(beside("supplies", failKMS, failDisk)),
 		beside("WireGuard refuses", failSet, foreign),
 		beside("crash", crash),
+		beside("tunnel cut", cutTunnel),
 		beside("network cut", cutBoth),
 		inside(beside("inside: network cut", cutBoth)),
 		slow(inside(beside("inside: reboot with journal", reboot))),

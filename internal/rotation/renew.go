@@ -99,12 +99,13 @@ func (s *KeyRotationScheduler) deaf() bool {
 	return s.unheeded() && (!s.tries().IsZero() || s.hunting || s.peerTrying())
 }
 
-// peerDeaf says that the peer has no session and tries in vain, while this end
-// takes its own for alive, and so begins no handshake; yet it hears nothing,
-// not even the peer's attempts: WireGuard does not count those that it refuses
-// for their time. The peer was made anew by a clock that had gone back.
+// peerDeaf says that the peer, which was started anew since the last handshake,
+// has no session and tries in vain, while this end takes its own for alive, and
+// so begins no handshake; yet it hears nothing, not even the peer's attempts:
+// WireGuard does not count those that it refuses for their time. The peer's
+// clock went back as its host was started anew.
 func (s *KeyRotationScheduler) peerDeaf() bool {
-	return s.peerTrying() && !s.idle() && s.now.Sub(s.handshakeAt) < SessionLife-nearlyDead &&
+	return s.peerTrying() && !s.idle() && s.peerBooted.After(s.handshakeAt) && s.now.Sub(s.handshakeAt) < SessionLife-nearlyDead &&
 		s.now.Sub(s.received) >= TryingAfter
 }
 
