@@ -52,7 +52,11 @@ func TestClock(t *testing.T) {
 			bound  time.Duration
 		}{{"beside", false, 10 * time.Second}, {"inside", true, 180 * time.Second}} {
 			t.Run(x.name+", "+where.name, func(t *testing.T) {
-				for seed := range uint64(20) {
+				seeds := uint64(4)
+				if testing.Short() {
+					seeds = 1
+				}
+				for seed := range seeds {
 					o := x.options
 					o.Seed, o.Inside, o.Fallback = seed, where.inside, where.inside
 					var trace bytes.Buffer
