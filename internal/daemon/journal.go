@@ -373,6 +373,11 @@ func (f *files) decode(b []byte, p wg.PublicKey) (rotation.Journal, error) {
 			return rotation.Journal{}, err
 		}
 		e.Key = key
+		if e.Recovery && (e.Serial != 0 || key.IsZero()) {
+			key.Wipe()
+			j.Wipe()
+			return rotation.Journal{}, errFormat
+		}
 		j.Entries = append(j.Entries, e)
 	}
 	return j, nil

@@ -150,9 +150,10 @@ func (r *Rotator) newPeer(c *config.Peer, now wg.Peer) (*peer, error) {
 		BlockStale: c.OnStale == config.StaleBlock,
 		BlockStart: c.Start == config.StartBlock,
 		Fallback:   c.Fallback == config.FallbackInitial,
-		Recovery:   r.Config.Journal != nil && c.Fallback != config.FallbackInitial,
-		Inside:     inside || c.Address == "",
-		Random:     rand.Reader,
+		Recovery: r.Config.Journal != nil && c.Fallback != config.FallbackInitial &&
+			c.OnStale != config.StaleBlock && c.Start != config.StartBlock,
+		Inside: inside,
+		Random: rand.Reader,
 	}
 	if role == config.RoleClient {
 		conf.Role = rotation.Client

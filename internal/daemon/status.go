@@ -68,6 +68,9 @@ func (p *peer) status() control.PeerStatus {
 		if s.State == control.PeerProtected {
 			s.Why = "the installed key is not confirmed"
 		}
+		if v.Recovery && s.State == control.PeerUnconfirmed {
+			s.Why = "back by the recovery key; the next key follows"
+		}
 	}
 	if v.Handshake >= 0 {
 		s.HandshakeAge = seconds(v.Handshake)

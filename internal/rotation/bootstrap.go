@@ -252,7 +252,8 @@ func equal(a, b *wire.Parameters) bool {
 	return fmt.Sprint(x) == fmt.Sprint(y) && slices.Equal(a.KEMs, b.KEMs)
 }
 
-// limit bounds a list of keys to what a message carries, newest kept.
+// limit bounds a list of keys to what a message carries. The newest are kept,
+// and the recovery key or PSK found, of which the other end has no other word.
 func limit(names []wire.Named) []wire.Named {
 	slices.SortFunc(names, func(a, b wire.Named) int {
 		if a.Serial != b.Serial {
@@ -264,5 +265,9 @@ func limit(names []wire.Named) []wire.Named {
 		return slices.Compare(a.Fingerprint[:], b.Fingerprint[:])
 	})
 	names = slices.Compact(names)
-	return names[max(0, len(names)-wire.MaxHeld):]
+	over := max(0, len(names)-wire.MaxHeld)
+	if over > 0 && names[0].Serial == 0 {
+		return slices.Delete(names, 1, 1+over)
+	}
+	return names[over:]
 }

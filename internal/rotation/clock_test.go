@@ -7,6 +7,7 @@ import (
 
 	"keyturn/internal/rotation"
 	"keyturn/internal/rotation/rotationtest"
+	"keyturn/internal/wire"
 )
 
 // TestClock is section 7.5: WireGuard refuses a handshake that begins at an end
@@ -58,7 +59,10 @@ func TestClock(t *testing.T) {
 				}
 				for seed := range seeds {
 					o := x.options
-					o.Seed, o.Inside, o.Fallback = seed, where.inside, where.inside
+					o.Seed, o.Inside = seed, where.inside
+					// Where only one end sends, and its host comes up without the key,
+					// the other has no sign that it should hunt.
+					o.Persistent, o.Fallback = where.inside && x.reboot, where.inside && !x.reboot
 					var trace bytes.Buffer
 					o.Trace = &trace
 					w := rotationtest.New(o)
@@ -99,5 +103,46 @@ func TestClock(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// A clock that is set, forward or back by a little, and a tunnel that is used
+// seldom: no peer is made anew, for its session is alive.
+func TestClockSetRight(t *testing.T) {
+	for _, step := range []time.Duration{6 * time.Second, -6 * time.Second, time.Hour} {
+		for _, gap := range []time.Duration{time.Second, 8 * time.Second, 20 * time.Second, time.Minute} {
+			for end := range 2 {
+				w := rotationtest.New(rotationtest.Options{Seed: 1, Idle: true})
+				for i := range 60 {
+					w.Send(i % 2)
+					w.Run(gap)
+					if i%5 == 4 {
+						w.Ends[end].WallOffset += step
+					}
+				}
+				if n := w.Ends[0].Notes[rotation.NoteRenewed] + w.Ends[1].Notes[rotation.NoteRenewed]; n > 0 || w.Err() != nil {
+					t.Errorf("step %v at end %d, a packet each %v: %d made anew, %v", step, end, gap, n, w.Err())
+				}
+			}
+		}
+	}
+}
+
+// A peer that always says that it tries costs no more than a renewal a minute,
+// and only after it was started anew.
+func TestTryingPeer(t *testing.T) {
+	w := rotationtest.New(rotationtest.Options{Seed: 1})
+	w.Run(5 * time.Minute)
+	w.Ends[rotationtest.Client].Crash()
+	w.Ends[rotationtest.Client].Start()
+	server := w.Ends[rotationtest.Server]
+	for range 600 {
+		w.Run(time.Second)
+		id, _ := server.Tunnel().Session()
+		in := server.View().Installed
+		w.Inject(rotationtest.Server, &wire.Report{Session: id, Seq: 1 << 40, Interval: 2 * time.Second, Installed: in, Trying: true, Confirmed: in.Serial})
+	}
+	if n := server.Notes[rotation.NoteRenewed]; n > 10 {
+		t.Errorf("made anew %d times in 10 minutes", n)
 	}
 }

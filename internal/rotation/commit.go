@@ -311,6 +311,9 @@ func (s *KeyRotationScheduler) finish(op *operation) {
 // install is C4: r is in WireGuard, and every lower uncommitted key goes.
 func (s *KeyRotationScheduler) install(r *record) {
 	t := s.tunnel
+	if in := s.installed; in != nil && in.found() && in != r && s.verifiedOnce {
+		s.underFound = true // the session at hand, until a handshake that counts
+	}
 	s.installed, s.blocked = r, false
 	s.block.Wipe()
 	s.block = nil

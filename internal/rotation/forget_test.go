@@ -49,7 +49,7 @@ func recoveryKey(w *rotationtest.World, end int) (name wire.Named) {
 func TestRecoveryKey(t *testing.T) {
 	for asks := range 2 {
 		wanted := true
-		w := rotationtest.New(rotationtest.Options{Seed: 1, Persistent: true, Config: func(end int, c *rotation.Config) {
+		w := rotationtest.New(rotationtest.Options{Seed: 1, Persistent: true, Inside: true, Config: func(end int, c *rotation.Config) {
 			c.Recovery = end == asks && wanted
 		}})
 		w.Run(10 * time.Minute)

@@ -124,7 +124,7 @@ var rules = map[string]rule{
 	"KeyRotationScheduler.reportAt": due, "KeyRotationScheduler.notBefore": due, "KeyRotationScheduler.nextNotBefore": due,
 	"KeyRotationScheduler.forgive": due, "KeyRotationScheduler.stepAt": due, "KeyRotationScheduler.huntProbe": due,
 	"KeyRotationScheduler.restoredAt": skip, "KeyRotationScheduler.restoreAt": due, "KeyRotationScheduler.rotations": skip,
-	"KeyRotationScheduler.received": brief, "KeyRotationScheduler.helpAt": due, "KeyRotationScheduler.renewAt": due, "KeyRotationScheduler.knockAt": due,
+	"KeyRotationScheduler.received": brief, "KeyRotationScheduler.helpAt": due, "KeyRotationScheduler.renewAt": due, "KeyRotationScheduler.knockAt": due, "KeyRotationScheduler.notRenewed": skip,
 	// The clocks of the model never go back.
 	"KeyRotationScheduler.highest": skip, "KeyRotationScheduler.born": skip,
 	"KeyRotationScheduler.keptFor":      serial,

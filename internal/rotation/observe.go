@@ -49,8 +49,12 @@ func (s *KeyRotationScheduler) observe(o Observed) {
 // judged by the local clock, once.
 func (s *KeyRotationScheduler) judgeOnce(o Observed) {
 	age := o.Wall.Sub(o.Handshake)
-	if !o.Handshake.IsZero() && age >= 0 && age < SessionLife {
-		s.alive, s.handshakeAt = true, o.Began.Add(-age)
+	if o.Handshake.IsZero() || age < 0 {
+		return
+	}
+	s.born = o.Began.Add(-min(age, SessionLife))
+	if age < SessionLife {
+		s.alive, s.handshakeAt = true, s.born
 	}
 }
 
@@ -65,8 +69,17 @@ func (s *KeyRotationScheduler) handshake(previous, o Observed) {
 	}
 	s.alive, s.handshakeAt, s.born = true, s.now, s.now
 	s.used = false
-	s.renewAt, s.helpAt = time.Time{}, time.Time{}
-	s.underFound = s.installed != nil && s.installed.found()
+	s.helpAt, s.received = time.Time{}, s.now
+	// The dump before must have begun after the install, and the handshake be
+	// shown at least 2 s after it: the responder's stamp can be later than
+	// its use of the PSK.
+	counts := !previous.Began.Before(s.setAt) && !o.Began.Before(s.setAt.Add(SeenAfter))
+	switch {
+	case s.installed != nil && s.installed.found():
+		s.underFound = true
+	case counts:
+		s.underFound = false
+	}
 	s.trying, s.unheard = [2]time.Time{}, [2]time.Time{}
 	if s.probeAt.After(s.now) {
 		s.probeAt = time.Time{} // the other end's was faster
@@ -78,10 +91,7 @@ func (s *KeyRotationScheduler) handshake(previous, o Observed) {
 	if in == nil || in.found() || in.seen || s.setInProgress() || s.lastPrint != in.print {
 		return
 	}
-	// The dump before must have begun after the install, and the handshake be
-	// shown at least 2 s after it: the responder's stamp can be later than
-	// its use of the PSK.
-	if !previous.Began.Before(s.setAt) && !o.Began.Before(s.setAt.Add(SeenAfter)) {
+	if counts {
 		in.seen = true
 		s.reportNow = true
 		s.save()
@@ -101,11 +111,15 @@ func (s *KeyRotationScheduler) watch(previous, o Observed) {
 	// one answers data within 10 s, with a keepalive at the least.
 	const initiation, retry = 148, 5 * time.Second
 	if o.Rx < previous.Rx || o.Tx < previous.Tx {
-		return // they count from zero again
+		previous.Rx, previous.Tx = 0, 0 // they count from zero again
 	}
 	received := o.Rx - previous.Rx
 	if received != 0 {
 		s.received = s.now
+	}
+	echo := received == 0 && s.knocking() // of a knock, which nobody wanted but this end
+	if o.Tx != previous.Tx && !echo {
+		s.sent = s.now
 	}
 	most := uint64(initiation * (1 + o.Began.Sub(previous.Began)/retry))
 	switch {
@@ -114,13 +128,13 @@ func (s *KeyRotationScheduler) watch(previous, o Observed) {
 		if !s.alive {
 			s.trying = [2]time.Time{} // of unknown age, but alive
 		}
-	case o.Tx != previous.Tx:
+	case o.Tx != previous.Tx && !echo:
 		s.mark(&s.unheard)
 	}
 	if s.alive && s.now.Sub(s.handshakeAt) < RekeyAfter {
 		return
 	}
-	if o.Rx != previous.Rx || o.Tx != previous.Tx {
+	if received != 0 || o.Tx != previous.Tx && !echo {
 		s.mark(&s.trying)
 	}
 }
@@ -155,8 +169,11 @@ func (s *KeyRotationScheduler) start(key *psk.Key, print psk.Fingerprint) {
 		}
 	}
 	found := t.foundRecord()
+	if newest == nil && found != nil && found.recovery && s.usable(found) {
+		newest = found
+	}
 	switch {
-	case match != nil && !match.found():
+	case match != nil && (!match.found() || match.recovery && s.usable(match)):
 		s.installed, s.setAt = match, s.now
 		if match.since.IsZero() {
 			match.since, match.wall = s.now, s.wall()
@@ -172,8 +189,8 @@ func (s *KeyRotationScheduler) start(key *psk.Key, print psk.Fingerprint) {
 		t.insert(found)
 		s.installed = found
 		s.save()
-	case match == found:
-		s.installed = found
+	case match == found, found.recovery: // which nothing replaces, and which may not be set
+		s.installed = match
 	default: // changed before keyturn ever set a key
 		s.adopt(key, print)
 	}
@@ -181,7 +198,7 @@ func (s *KeyRotationScheduler) start(key *psk.Key, print psk.Fingerprint) {
 		t.initial = found.print
 	}
 	t.judged = true
-	if t.config.BlockStart && !s.installed.confirmed || t.config.BlockStale && newest == nil && s.verifiedOnce {
+	if t.config.BlockStart && (s.installed == nil || !s.installed.confirmed) || t.config.BlockStale && newest == nil && s.verifiedOnce {
 		s.blockNow("no fresh confirmed key at the start")
 	}
 }
@@ -233,7 +250,7 @@ func (s *KeyRotationScheduler) readBack(key *psk.Key, print psk.Fingerprint, o O
 			return
 		}
 	}
-	if s.installed != nil && s.installed.found() && !s.verifiedOnce && s.block == nil {
+	if s.installed != nil && s.installed.found() && !s.installed.recovery && !s.verifiedOnce && s.block == nil {
 		s.note(NoteForeign, none, "another PSK was set before the first rotation; taking it as found")
 		s.adopt(key, print)
 		return

@@ -7,8 +7,9 @@ import (
 	"keyturn/internal/wire"
 )
 
-// keep is S4, when a key has become confirmed in both journals: an end whose
-// journal survives a reboot has a recovery key, and so has the other. It comes
+// keep is S4, when a key has become confirmed in both journals: with the link
+// inside the tunnel an end whose journal survives a reboot has a recovery key,
+// and so has the other. It comes
 // of a key that both verified, and brings them together when this end, or the
 // other, goes back to a snapshot that knows no key of today. Where one of them
 // has lost it there is a new one.
@@ -18,7 +19,7 @@ func (s *KeyRotationScheduler) keep(confirmed *record) {
 	shared := found != nil && found.recovery && contains(s.peer.Held, found.name())
 	switch {
 	case shared, t.config.Fallback, found != nil && found == s.installed:
-	case t.config.Recovery:
+	case s.wantsRecovery():
 		s.replaceFound(confirmed.key.Recovery())
 	case found != nil && found.recovery: // the other end has lost it, and wants no new one
 		t.erase(found)
@@ -26,13 +27,16 @@ func (s *KeyRotationScheduler) keep(confirmed *record) {
 	}
 }
 
+// wantsRecovery: beside the tunnel a fresh key does as well, and better.
+func (s *KeyRotationScheduler) wantsRecovery() bool { return s.tunnel.config.Recovery && s.inside }
+
 // recognise is S4 at an end that would not keep a recovery key by itself: it
 // knows the one that the peer names by the key that it comes of.
 func (s *KeyRotationScheduler) recognise(m *wire.Report) {
 	t := s.tunnel
 	i := slices.IndexFunc(m.Held, func(n wire.Named) bool { return n.Serial == 0 })
 	found := t.foundRecord()
-	if i < 0 || t.config.Recovery || t.config.Fallback || found != nil && (found == s.installed || found.name() == m.Held[i]) {
+	if i < 0 || s.wantsRecovery() || t.config.Fallback || t.config.BlockStale || t.config.BlockStart || found != nil && (found == s.installed || found.name() == m.Held[i]) {
 		return
 	}
 	for _, r := range t.records {

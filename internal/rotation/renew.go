@@ -2,14 +2,20 @@ package rotation
 
 import "time"
 
+// gone says that no session can be alive at this end, whatever is known of
+// when the last one began.
+func (s *KeyRotationScheduler) gone() bool {
+	return s.last.Handshake.IsZero() || s.due(s.born.Add(SessionLife)) || s.unheard[1].Sub(s.unheard[0]) >= DeadAfter
+}
+
 // tries returns since when WireGuard has been trying to make a handshake, as
-// its counters tell, while this end has no live session; zero if it does not.
+// its counters tell, while no session is alive; zero if it does not.
 func (s *KeyRotationScheduler) tries() time.Time {
-	since := s.trying[0]
-	if !s.idle() || s.now.Sub(s.trying[1]) > tryingRecent {
+	if !s.gone() || s.now.Sub(s.trying[1]) > tryingRecent {
 		return time.Time{}
 	}
-	if death := s.handshakeAt.Add(SessionLife); s.alive && since.Before(death) {
+	since := s.trying[0]
+	if death := s.born.Add(SessionLife); !s.last.Handshake.IsZero() && !death.After(s.now) && since.Before(death) {
 		since = death
 	}
 	if s.trying[1].Before(since) {
@@ -28,17 +34,22 @@ func (s *KeyRotationScheduler) tried() bool {
 // unheeded says that no session can be alive at this end, and that its clock has
 // gone back: the other end may refuse what begins here.
 func (s *KeyRotationScheduler) unheeded() bool {
-	wall := s.wall()
+	wall := s.wall().Add(clockBack)
 	// A handshake that began before the clock went back can be stamped after.
-	return (s.last.Handshake.After(wall) || s.highest.After(wall)) &&
-		(s.due(s.born.Add(SessionLife)) || s.unheard[1].Sub(s.unheard[0]) >= DeadAfter)
+	return (s.last.Handshake.After(wall) || s.highest.After(wall)) && s.gone()
+}
+
+// peerTrying says that the peer, which has the same key installed, tries to
+// make a handshake and has no live session.
+func (s *KeyRotationScheduler) peerTrying() bool {
+	return s.tunnel.linked && s.peer != nil && s.peer.Trying && s.ready && s.absent == 0 && s.installed != nil && !s.differs()
 }
 
 // help is W2: the peer tries and is not heard. WireGuard refuses an initiation
 // that is older by its sender's clock than the one before, so for hours where
 // that clock has gone back; one that begins at this end is heard.
 func (s *KeyRotationScheduler) help() {
-	if !s.peerTrying() || !s.idle() || s.stopping {
+	if !s.peerTrying() || !s.gone() || s.stopping {
 		return
 	}
 	if s.helpAt.IsZero() || s.due(s.helpAt) {
@@ -48,47 +59,57 @@ func (s *KeyRotationScheduler) help() {
 	}
 }
 
-// peerTrying says that the peer, which has the same key installed, tries to
-// make a handshake and has no live session.
-func (s *KeyRotationScheduler) peerTrying() bool {
-	return s.tunnel.linked && s.peer != nil && s.peer.Trying && s.ready && s.absent == 0 && s.installed != nil && !s.differs()
+// knock is W4: without a link, and where that runs inside the tunnel, this end
+// may have nothing to send, and the other end's attempts be refused for their
+// time. The client dials, which is something to send.
+func (s *KeyRotationScheduler) knock() {
+	if s.tunnel.config.Role != Server || !s.inside || s.tunnel.linked || s.hunting || s.stopping || !s.ready || s.absent > 0 {
+		s.knockAt = time.Time{}
+		return
+	}
+	if s.knockAt.IsZero() {
+		s.lostAt, s.knockAt = s.now, s.now.Add(knockFirst)
+	}
+	if !s.due(s.knockAt) || !s.due(later(s.sent, s.lostAt).Add(knockFirst)) {
+		return // whoever has sent something makes WireGuard try anyway
+	}
+	s.knocked = s.now
+	s.knockAt = s.now.Add(max(knockEvery, min(s.now.Sub(s.lostAt)/2, knockMost)))
+	s.at(s.knockAt)
+	s.out = append(s.out, Probe{})
 }
 
-// knock is W4: without a link, and where that would run inside the tunnel, this
-// end may have nothing to send, and the other end's attempts be refused for
-// their time. The client dials, which is something to send.
-func (s *KeyRotationScheduler) knock() {
-	switch {
-	case s.tunnel.config.Role != Server || !s.inside || s.tunnel.linked || s.hunting || s.stopping || !s.ready || s.absent > 0:
-		s.knockAt = time.Time{}
-	case s.knockAt.IsZero():
-		s.knockAt = s.now.Add(knockFirst)
-		s.at(s.knockAt)
-	case s.due(s.knockAt):
-		s.knockAt = s.now.Add(knockEvery)
-		s.at(s.knockAt)
-		s.out = append(s.out, Probe{})
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
 	}
+	return b
+}
+
+// knocking says that what WireGuard sends may come of a knock alone.
+func (s *KeyRotationScheduler) knocking() bool {
+	return !s.knocked.IsZero() && s.now.Sub(s.knocked) < knockEcho
 }
 
 // renew is W3: WireGuard is made to forget when the other end's last handshake
 // began, unless one that begins there and is heard comes first. The server does
 // so before the client: two that begin at once would collide.
 func (s *KeyRotationScheduler) renew() {
-	alone := s.peerDeaf() // and nothing begins at the other end that is heard
-	if s.stopping || s.op != nil || !s.ready || s.absent > 0 || !s.deaf() && !alone {
+	deaf, peerDeaf := s.deaf(), s.peerDeaf()
+	if s.stopping || s.op != nil || !s.ready || s.absent > 0 || !deaf && !peerDeaf {
+		s.renewAt = time.Time{}
 		return
 	}
 	if s.renewAt.IsZero() {
 		s.renewAt = s.now
-		if !alone {
+		if !peerDeaf { // otherwise nothing that begins at the other end is heard
 			s.renewAt = s.now.Add(RenewAfter)
-		}
-		if !alone && s.tunnel.config.Role == Client {
-			s.renewAt = s.renewAt.Add(time.Second)
+			if s.tunnel.config.Role == Client {
+				s.renewAt = s.renewAt.Add(time.Second)
+			}
 		}
 	}
-	if s.due(s.renewAt) {
+	if s.due(s.renewAt) && (s.notRenewed.IsZero() || s.due(s.notRenewed)) {
 		s.begin(&operation{kind: opRenew})
 	}
 }
@@ -105,13 +126,13 @@ func (s *KeyRotationScheduler) deaf() bool {
 // WireGuard does not count those that it refuses for their time. The peer's
 // clock went back as its host was started anew.
 func (s *KeyRotationScheduler) peerDeaf() bool {
-	return s.peerTrying() && !s.idle() && s.peerBooted.After(s.handshakeAt) && s.now.Sub(s.handshakeAt) < SessionLife-nearlyDead &&
-		s.now.Sub(s.received) >= TryingAfter
+	return s.peerTrying() && s.alive && !s.gone() && s.peerBooted.After(s.handshakeAt) &&
+		s.now.Sub(s.handshakeAt) < SessionLife-nearlyDead && s.now.Sub(s.received) >= TryingAfter
 }
 
 // renewed ends an operation of W3.
 func (s *KeyRotationScheduler) renewed(err error) {
-	s.renewAt = s.now.Add(renewRetry)
+	s.renewAt, s.notRenewed = time.Time{}, s.now.Add(renewRetry)
 	if err != nil {
 		s.failedTo("remove the peer from WireGuard and add it again: " + err.Error())
 		return

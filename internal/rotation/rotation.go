@@ -91,10 +91,13 @@ const (
 	roundMaxWait = 5 * time.Second
 	tryingRecent = 15 * time.Second  // W1: since the last attempt; polls of hubs are 10 s apart
 	helpEvery    = 10 * time.Second  // W2: probes
-	knockFirst   = 10 * time.Second  // W4: from the loss of a link inside the tunnel to the server's first probe
+	knockFirst   = 30 * time.Second  // W4: since the link was lost, and since anything was sent
 	knockEvery   = 150 * time.Second // W4: after each, WireGuard tries for 90 s
+	knockEcho    = 95 * time.Second  // W4: in which it may be a knock that makes it try
+	knockMost    = time.Hour         // W4: between two, long after the link was lost
+	clockBack    = 5 * time.Second   // W3: less is no step of a clock
 	nearlyDead   = 10 * time.Second  // W3: of a session's life, in which the other end's view may be ahead
-	renewRetry   = time.Minute       // W3: after WireGuard refused
+	renewRetry   = time.Minute       // W3: between two
 	silentBeats  = 4                 // L5: heartbeats that may be missing
 	maxRecords   = 16                // keys in the scheduler's hands, of which a few are usual
 	maxRounds    = 4                 // rounds under way at once
@@ -118,7 +121,7 @@ type Config struct {
 	BlockStale bool      // on_stale: block
 	BlockStart bool      // start: block
 	Fallback   bool      // fallback: initial
-	Recovery   bool      // keep a recovery key: the journal survives a reboot, and there is no fallback
+	Recovery   bool      // keep a recovery key, with the link inside: the journal survives a reboot, and there is no fallback and no block
 	Inside     bool      // until the first link: it runs inside the tunnel, or may
 	Random     io.Reader // session ids, KEM seeds, jitter; never fails
 }

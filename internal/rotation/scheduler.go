@@ -32,6 +32,7 @@ type KeyRotationScheduler struct {
 	trying      [2]time.Time // first and last sign of handshake attempts since the session grew old
 	unheard     [2]time.Time // first and last sign of sending while nothing but handshakes is heard
 	received    time.Time    // the last sign of receiving anything
+	sent        time.Time    // the last sign of sending anything that no knock began
 	highest     time.Time    // reading of the wall clock
 	born        time.Time    // no session is younger: the last handshake, or the first dump
 
@@ -84,6 +85,9 @@ type KeyRotationScheduler struct {
 	renewAt       time.Time // zero: no renewal is due
 	inside        bool      // the link runs inside the tunnel, or may
 	knockAt       time.Time // zero: there is a link
+	knocked       time.Time // the last knock
+	lostAt        time.Time // since when there has been no link
+	notRenewed    time.Time // no renewal before
 	rotate        bool
 	restores      int
 	restoredAt    time.Time
@@ -132,7 +136,7 @@ func NewKeyRotationScheduler(t *Tunnel) *KeyRotationScheduler {
 		s.confirmed, s.journaled = r.serial, r.serial
 	}
 	for _, r := range t.records {
-		if !r.found() && !r.since.IsZero() {
+		if !r.found() && !r.since.IsZero() || r.recovery {
 			s.verifiedOnce = true
 		}
 	}
@@ -471,6 +475,9 @@ func (s *KeyRotationScheduler) compare() {
 // has grown older than max_key_age.
 func (s *KeyRotationScheduler) usable(r *record) bool {
 	c := &s.tunnel.config
+	if r.recovery {
+		return !c.BlockStart && !c.BlockStale // it never grows old
+	}
 	if r.found() {
 		return !c.BlockStart && !(c.BlockStale && s.blocked)
 	}

@@ -89,7 +89,7 @@ func (s *KeyRotationScheduler) state() State {
 		return StateRefused
 	case in != nil && !in.found() && s.confirmed != 0 && !s.underFound:
 		return StateProtected
-	case in != nil && !in.found():
+	case in != nil && (!in.found() || in.recovery):
 		return StateUnconfirmed
 	case s.tunnel.accepted:
 		return StateUnprotected

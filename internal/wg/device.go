@@ -24,9 +24,9 @@ var (
 	// ErrZeroKey refuses the all-zero key, with which WireGuard would remove
 	// the pre-shared key instead of setting one.
 	ErrZeroKey = errors.New("an all-zero key would remove the pre-shared key")
-	// ErrTooLarge means that the peer has too many allowed IPs to be removed
-	// and added in one call.
-	ErrTooLarge = errors.New("the peer has too many allowed IPs")
+	// ErrNotRenewable means that a peer cannot be removed and come back as it
+	// was.
+	ErrNotRenewable = errors.New("the peer would not come back as it was")
 	// ErrNoAddress means that no address leads to the peer, so that nothing
 	// can be sent to it: it has no allowed IPs of its own.
 	ErrNoAddress = errors.New("no address leads to the peer")
@@ -120,8 +120,9 @@ type Device interface {
 	// Renew removes a peer and adds it again in one call, with its pre-shared
 	// key, endpoint, keepalive and allowed IPs. WireGuard forgets its session,
 	// its counters, and when the peer's last handshake began. A peer with more
-	// than 250 allowed IPs, which do not fit into one call, is ErrTooLarge.
-	// Whatever goes wrong, the peer is there afterwards if it was there before.
+	// than 250 allowed IPs, which do not fit into one call, or with an endpoint
+	// of link-local IPv6, whose interface nobody tells, is ErrNotRenewable.
+	// Where WireGuard refuses, it is tried to add the peer all the same.
 	Renew(PublicKey) error
 	// Probe sends one packet into the tunnel to a peer, so that WireGuard
 	// makes a handshake if there is no live session.

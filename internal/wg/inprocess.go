@@ -72,7 +72,7 @@ func (d *inProcess) Renew(peer PublicKey) error {
 	case !ok:
 		return ErrNoPeer
 	case len(p.AllowedIPs) > maxRenewedHere:
-		return ErrTooLarge
+		return ErrNotRenewable
 	}
 	return d.set(func(c *uapiWriter) {
 		c.secret("public_key", peer[:])

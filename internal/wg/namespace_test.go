@@ -258,7 +258,7 @@ func userspaceDevice(t *testing.T) {
 		if err := u.device.IpcSet(many.String()); err != nil {
 			t.Fatal(err)
 		}
-		if err := d.Renew(peers[6]); !errors.Is(err, ErrTooLarge) {
+		if err := d.Renew(peers[6]); !errors.Is(err, ErrNotRenewable) {
 			t.Errorf("%d allowed IPs: %v", maxRenewed+1, err)
 		}
 		if n := len(dump().Peers[peers[6]].AllowedIPs); n != maxRenewed+1 {

@@ -143,19 +143,25 @@ func renew(c *wgctrl.Client, name string, peer wgtypes.Key) error {
 		return ErrNoPeer
 	}
 	p := &d.Peers[i]
-	if len(p.AllowedIPs) > maxRenewed {
-		return ErrTooLarge
+	switch {
+	case len(p.AllowedIPs) > maxRenewed:
+		return fmt.Errorf("%w: it has %d allowed IPs", ErrNotRenewable, len(p.AllowedIPs))
+	case p.Endpoint != nil && p.Endpoint.IP.To4() == nil && p.Endpoint.IP.IsLinkLocalUnicast():
+		return fmt.Errorf("%w: its endpoint is link-local", ErrNotRenewable)
 	}
 	add := wgtypes.PeerConfig{
 		PublicKey: peer, PresharedKey: &p.PresharedKey, Endpoint: p.Endpoint,
 		PersistentKeepaliveInterval: &p.PersistentKeepaliveInterval, ReplaceAllowedIPs: true, AllowedIPs: p.AllowedIPs,
 	}
 	err = c.ConfigureDevice(name, wgtypes.Config{Peers: []wgtypes.PeerConfig{{PublicKey: peer, Remove: true}, add}})
-	for range 3 {
-		if err == nil {
+	for try := range 3 {
+		if err == nil || errors.Is(err, os.ErrNotExist) { // the interface went
 			break
 		}
-		// It may be gone, and must not stay away. Where it is not, this changes nothing.
+		// The peer may be gone, and must not stay away.
+		if try == 2 {
+			add.Endpoint = nil // perhaps it is that which is refused
+		}
 		err = c.ConfigureDevice(name, wgtypes.Config{Peers: []wgtypes.PeerConfig{add}})
 	}
 	return err
@@ -187,7 +193,7 @@ func (s *System) explain(doing string, err error) error {
 	var errno syscall.Errno
 	switch {
 	case errors.Is(err, ErrTimeout), errors.Is(err, os.ErrClosed), errors.Is(err, errNoAnswer),
-		errors.Is(err, ErrNoPeer), errors.Is(err, ErrTooLarge):
+		errors.Is(err, ErrNoPeer), errors.Is(err, ErrNotRenewable):
 	case errors.Is(err, os.ErrNotExist):
 		err = ErrNoDevice
 	case errors.Is(err, os.ErrPermission):
@@ -248,6 +254,9 @@ func convert(d *wgtypes.Device, began, ended time.Time) (*Dump, error) {
 				bits, _ := n.Mask.Size()
 				peer.AllowedIPs = append(peer.AllowedIPs, netip.PrefixFrom(a, bits))
 			}
+		}
+		if twice, ok := dump.Peers[peer.PublicKey]; ok { // removed and added meanwhile
+			twice.PSK.Wipe()
 		}
 		dump.Peers[peer.PublicKey] = peer
 	}

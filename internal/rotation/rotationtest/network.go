@@ -545,3 +545,6 @@ func (w *World) Describe() string {
 
 // identity is what the link proves of an end.
 func identity(end int) [32]byte { return [32]byte{byte(end + 1)} }
+
+// Send hands WireGuard at an end one packet.
+func (w *World) Send(end int) { w.data(w.Ends[end], true) }
