@@ -234,7 +234,10 @@ func keyText(k *control.Key, age *control.Seconds) string {
 		return "none"
 	}
 	text := fmt.Sprintf("%d (%s)", k.Serial, k.Fingerprint)
-	if k.Serial == 0 {
+	switch {
+	case k.Recovery:
+		text = k.Fingerprint + ", the recovery key"
+	case k.Serial == 0:
 		text = k.Fingerprint + ", found at the start"
 	}
 	if age != nil {

@@ -275,7 +275,7 @@ func TestHangingRotator(t *testing.T) {
 		t.Errorf("ls: exit code %d\n%s", code, out)
 	}
 	_, errOut, code := keyturn(t, d, "down", "wg0")
-	if code != exitFailed || !strings.Contains(errOut, "hint: kill ") {
+	if code != exitFailed || !strings.Contains(errOut, ": kill ") {
 		t.Errorf("down: exit code %d: %s", code, errOut)
 	}
 	if _, _, code := keyturn(t, d, "rm", "wg0"); code != exitFailed {

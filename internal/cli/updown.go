@@ -118,8 +118,9 @@ not touched. "keyturn up INTERFACE" brings the rotator back.`,
 func (d *dirs) down(ctx context.Context, e registry.Entry) error {
 	err := d.client(e.Interface).Down(ctx)
 	if errors.Is(err, control.ErrNotRunning) && e.Process.Alive() {
-		return withHint(fmt.Errorf("%s: process %d runs but does not answer", e.Interface, e.Process.PID),
-			fmt.Sprintf("kill %d", e.Process.PID))
+		return withHint(fmt.Errorf("%s: process %d runs but does not answer in %s", e.Interface, e.Process.PID, d.run),
+			"it may have another run directory (--run-dir, KEYTURN_RUN_DIR): keyturn up says which",
+			fmt.Sprintf("if it hangs: kill %d", e.Process.PID))
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", e.Interface, err)

@@ -93,10 +93,11 @@ const (
 
 // Key names a key without giving anything of it away.
 type Key struct {
-	Serial      uint64    `json:"serial"`            // 0: found at the start, not made by keyturn
-	Fingerprint string    `json:"fingerprint"`       // eight hex digits
-	Since       time.Time `json:"since,omitzero"`    // installed, or confirmed, at this end
-	Sources     []string  `json:"sources,omitempty"` // "QKD" and the names of KEMs; none where not known
+	Serial      uint64    `json:"serial"`             // 0: found at the start, not made by keyturn; or the recovery key
+	Fingerprint string    `json:"fingerprint"`        // eight hex digits
+	Since       time.Time `json:"since,omitzero"`     // installed, or confirmed, at this end
+	Recovery    bool      `json:"recovery,omitempty"` // the recovery key
+	Sources     []string  `json:"sources,omitempty"`  // "QKD" and the names of KEMs; none where not known
 }
 
 // Buffer is the fill of a peer's key buffer, in keys.

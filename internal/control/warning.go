@@ -36,6 +36,7 @@ const (
 	TunnelBlocked    Code = "tunnel_blocked"
 	FallbackUsed     Code = "fallback_used"
 	RecoveryKey      Code = "recovery_key"
+	NoFallback       Code = "no_fallback"
 	ForeignChange    Code = "foreign_change"
 	ForeignTool      Code = "foreign_tool"
 	PeerIsMissing    Code = "peer_missing"
@@ -64,6 +65,7 @@ var catalogue = map[Code]struct {
 	KeyStale:         {SeverityError, "no fresh key for longer than max_key_age"},
 	TunnelBlocked:    {SeverityError, "the tunnel is closed until a verified key is there"},
 	FallbackUsed:     {SeverityError, "the tunnel fell back to its initial pre-shared key"},
+	NoFallback:       {SeverityWarning, "fallback: initial, but the tunnel began without a pre-shared key: there is nothing to fall back on"},
 	RecoveryKey:      {SeverityWarning, "the tunnel is back by its recovery key, until the next key"},
 	ForeignChange:    {SeverityWarning, "another program changed the pre-shared key"},
 	ForeignTool:      {SeverityWarning, "another program keeps changing the pre-shared key"},

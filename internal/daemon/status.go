@@ -76,7 +76,7 @@ func (p *peer) status() control.PeerStatus {
 		s.HandshakeAge = seconds(v.Handshake)
 	}
 	if !v.Installed.Fingerprint.IsZero() {
-		s.Installed = &control.Key{Serial: v.Installed.Serial, Fingerprint: v.Installed.Fingerprint.String(), Since: v.Since, Sources: sourceNames(v.Sources, c.KEMs)}
+		s.Installed = &control.Key{Serial: v.Installed.Serial, Fingerprint: v.Installed.Fingerprint.String(), Since: v.Since, Sources: sourceNames(v.Sources, c.KEMs), Recovery: v.Recovery}
 		if !v.Found && !v.Since.IsZero() {
 			s.KeyAge = seconds(now.Sub(v.Since))
 		}
@@ -154,8 +154,10 @@ func (p *peer) warnings(now time.Time, s *control.PeerStatus, v rotation.View, h
 	warn(p.aging(now, s, &v), control.KeyAging, p.aged(now, &v))
 	warn(s.State == control.PeerStale, control.KeyStale, health.LastError)
 	warn(s.State == control.PeerBlocked, control.TunnelBlocked, health.LastError)
-	warn(v.Found && !v.Recovery && v.Confirmed.Serial != 0, control.FallbackUsed, "")
-	warn(v.Recovery, control.RecoveryKey, "")
+	tried := s.State == control.PeerHunting // not more than that
+	warn(v.Found && !v.Recovery && v.Confirmed.Serial != 0 && !tried, control.FallbackUsed, "")
+	warn(v.Recovery && !tried, control.RecoveryKey, "")
+	warn(v.NoPSK, control.NoFallback, "")
 	warn(v.Foreign == 1 && now.Sub(p.foreignAt) < recently, control.ForeignChange, "undone")
 	warn(v.Foreign > 1 && now.Sub(p.foreignAt) < recently, control.ForeignTool, fmt.Sprintf("%d times", v.Foreign))
 	warn(s.State == control.PeerMissing && p.deviceError == "", control.PeerIsMissing, "")

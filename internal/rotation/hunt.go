@@ -91,8 +91,14 @@ func (s *KeyRotationScheduler) endHunt(why string) {
 	s.hunting = false
 	s.pollBefore = time.Time{}
 	key := none
-	if s.installed != nil {
-		key = s.installed.name()
+	if in := s.installed; in != nil {
+		key = in.name()
+		switch {
+		case in.recovery:
+			why += "; on the recovery key until the next"
+		case in.found() && s.verifiedOnce:
+			why += "; fell back to the PSK found at the first start until the next key"
+		}
 	}
 	s.note(NoteHuntEnded, key, why)
 }

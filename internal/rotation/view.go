@@ -38,6 +38,7 @@ type View struct {
 	Sources   wire.Sources
 	Found     bool // Installed is the PSK found, not one of ours, or the recovery key
 	Recovery  bool // Installed is the recovery key
+	NoPSK     bool // with fallback: there was no PSK at the first start, and so there is nothing to fall back on
 	Confirmed wire.Named
 	// Protected: a verified key is installed that is confirmed, or follows a
 	// confirmed one and waits for its handshake; and it is fresh.
@@ -57,6 +58,9 @@ func (s *KeyRotationScheduler) View() View {
 	v := View{
 		Handshake: -1, Rotations: s.rotations, LastRotation: s.lastRotation,
 		Linked: s.tunnel.linked, Pulled: s.tunnel.pulled != nil, PeerStopped: s.goodbye, Foreign: s.restores, LastError: s.lastError,
+	}
+	if found := s.tunnel.foundRecord(); found != nil && s.tunnel.config.Fallback {
+		v.NoPSK = found.print.IsZero()
 	}
 	if s.alive {
 		v.Handshake = s.now.Sub(s.handshakeAt)
