@@ -15,10 +15,14 @@ import (
 // see it jump.
 func moveClock(t *testing.T, by time.Duration) {
 	t.Helper()
-	now := unix.NsecToTimeval(time.Now().Add(by).UnixNano())
-	if err := unix.Settimeofday(&now); err != nil {
+	if err := setClock(time.Now().Add(by)); err != nil {
 		t.Fatal(err)
 	}
+}
+
+func setClock(to time.Time) error {
+	now := unix.NsecToTimeval(to.UnixNano())
+	return unix.Settimeofday(&now)
 }
 
 // suspend puts the guest to sleep until a key is pressed, hours later by the

@@ -44,7 +44,7 @@ func (f fault) run(t *testing.T, inside bool) {
 	if inside {
 		where, bound = "inside", boundInside
 		if f.with == nil {
-			f.with = func(*host) (rotator, peer settings) { return nil, settings{"fallback": "initial"} }
+			f.with = withFallback
 		}
 	}
 	t.Run(f.name+", "+where, func(t *testing.T) {
@@ -82,6 +82,9 @@ func (f fault) run(t *testing.T, inside bool) {
 			back.Seconds(), r.lost(), r.sent(), r.since(end).lost())
 	})
 }
+
+// withFallback lets a tunnel whose link is inside it go back to the original key.
+func withFallback(*host) (rotator, peer settings) { return nil, settings{"fallback": "initial"} }
 
 // each makes of one fault one of the client, one of the server, and one of both.
 func each(f fault, do func(l *lab, hosts []*host)) []fault {

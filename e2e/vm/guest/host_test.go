@@ -36,8 +36,9 @@ type lab struct {
 	dir  string
 	a, b *host
 
-	kmes    *process // nil: none run
-	traffic traffic  // while a fault is played
+	grace   time.Duration // see pingGrace
+	kmes    *process      // nil: none run
+	traffic traffic       // while a fault is played
 }
 
 // host is a network namespace with a WireGuard interface of the kernel.
@@ -59,7 +60,7 @@ type host struct {
 // them that has the same pre-shared key at both ends.
 func newLab(t *testing.T) *lab {
 	t.Helper()
-	l := &lab{t: t}
+	l := &lab{t: t, grace: pingGrace}
 	l.build(newNamespace(t))
 	return l
 }
@@ -68,7 +69,7 @@ func newLab(t *testing.T) *lab {
 // process: what opens sockets at any time, as wg.Open does, can be used there.
 func newLabHere(t *testing.T) *lab {
 	t.Helper()
-	l := &lab{t: t}
+	l := &lab{t: t, grace: pingGrace}
 	ns, err := os.Open("/proc/self/ns/net")
 	if err != nil {
 		t.Fatal(err)
@@ -120,59 +121,22 @@ func onThread(f func() error) error {
 
 func (l *lab) build(first *os.File) {
 	l.t.Helper()
-	// Not t.TempDir: unix sockets lie below, and their paths must be short.
-	dir, err := os.MkdirTemp("", "kt")
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	l.dir = dir
-	original := newKey(l.t)
-	for i, ns := range []*os.File{first, newNamespace(l.t)} {
-		n := byte(i + 1)
-		private, err := wgtypes.GeneratePrivateKey()
-		if err != nil {
+	var private [2]wgtypes.Key
+	for i := range private {
+		var err error
+		if private[i], err = wgtypes.GeneratePrivateKey(); err != nil {
 			l.t.Fatal(err)
 		}
-		h := &host{
-			lab:      l,
-			name:     []string{"lisbon", "porto"}[i],
-			ns:       ns,
-			outer:    netip.AddrFrom4([4]byte{192, 0, 2, n}),
-			beside:   netip.AddrFrom4([4]byte{198, 51, 100, n}),
-			inner:    netip.AddrFrom4([4]byte{10, 99, 0, n}),
-			private:  private,
-			original: original,
-		}
-		h.must(os.Mkdir(h.path(), 0o700))
-		h.must(unix.Mount("tmpfs", h.path(), "tmpfs", 0, "mode=700,size="+diskSize))
-		for _, d := range []string{"run", "state", "log"} {
-			h.must(os.Mkdir(h.path(d), 0o700))
-		}
-		if i == 0 {
-			l.a = h
-		} else {
-			l.b = h
-		}
 	}
+	l.populate(private, newKey(l.t))
+	l.a.ns, l.b.ns = first, newNamespace(l.t)
 	for _, cable := range []string{tunnelCable, besideCable} {
 		if err := createCable(cable, l.a.ns, l.b.ns); err != nil {
 			l.t.Fatal(err)
 		}
 	}
-	for _, h := range []*host{l.a, l.b} {
-		h.must(h.in(func() error {
-			return errors.Join(
-				setUp("lo"),
-				addAddress(tunnelCable, netip.PrefixFrom(h.outer, 24)), setUp(tunnelCable),
-				addAddress(besideCable, netip.PrefixFrom(h.beside, 24)), setUp(besideCable))
-		}))
-		h.createDevice()
-		h.must(h.in(func() (err error) {
-			h.echo, err = net.ListenPacket("udp4", ":"+echoPort)
-			return err
-		}))
-		go answer(h.echo)
-	}
+	l.a.plugIn()
+	l.b.plugIn()
 	l.t.Cleanup(func() {
 		if l.kmes != nil {
 			l.kmes.kill()
@@ -190,6 +154,58 @@ func (l *lab) build(first *os.File) {
 			l.t.Error(err)
 		}
 	})
+}
+
+// populate gives the lab its two hosts, each with a disk.
+func (l *lab) populate(private [2]wgtypes.Key, original wgtypes.Key) {
+	l.t.Helper()
+	// Not t.TempDir: unix sockets lie below, and their paths must be short.
+	dir, err := os.MkdirTemp("", "kt")
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	l.dir = dir
+	for i, h := range []**host{&l.a, &l.b} {
+		n := byte(i + 1)
+		*h = &host{
+			lab:      l,
+			name:     []string{"lisbon", "porto"}[i],
+			outer:    netip.AddrFrom4([4]byte{192, 0, 2, n}),
+			beside:   netip.AddrFrom4([4]byte{198, 51, 100, n}),
+			inner:    netip.AddrFrom4([4]byte{10, 99, 0, n}),
+			private:  private[i],
+			original: original,
+		}
+		(*h).format()
+	}
+}
+
+// format gives the host an empty disk.
+func (h *host) format() {
+	h.lab.t.Helper()
+	h.must(os.Mkdir(h.path(), 0o700))
+	h.must(unix.Mount("tmpfs", h.path(), "tmpfs", 0, "mode=700,size="+diskSize))
+	for _, d := range []string{"run", "state", "log"} {
+		h.must(os.Mkdir(h.path(d), 0o700))
+	}
+}
+
+// plugIn gives the host's ends of the cables their addresses, brings its
+// interface up, and lets it answer pings.
+func (h *host) plugIn() {
+	h.lab.t.Helper()
+	h.must(h.in(func() error {
+		return errors.Join(
+			setUp("lo"),
+			addAddress(tunnelCable, netip.PrefixFrom(h.outer, 24)), setUp(tunnelCable),
+			addAddress(besideCable, netip.PrefixFrom(h.beside, 24)), setUp(besideCable))
+	}))
+	h.createDevice()
+	h.must(h.in(func() (err error) {
+		h.echo, err = net.ListenPacket("udp4", ":"+echoPort)
+		return err
+	}))
+	go answer(h.echo)
 }
 
 // hosts returns both, with whoever is at the other end.

@@ -37,6 +37,7 @@ func answer(c net.PacketConn) {
 // tunnel.
 type pings struct {
 	conn     net.Conn
+	grace    time.Duration
 	quit     chan struct{}
 	routines sync.WaitGroup
 
@@ -47,10 +48,11 @@ type pings struct {
 type ping struct {
 	at       time.Time
 	answered time.Time
+	grace    time.Duration
 }
 
 // lost reports whether the ping had no answer in time.
-func (p ping) lost() bool { return p.answered.IsZero() || p.answered.Sub(p.at) > pingGrace }
+func (p ping) lost() bool { return p.answered.IsZero() || p.answered.Sub(p.at) > p.grace }
 
 // until returns when a ping that was lost shows the tunnel to be dead no more.
 func (p ping) until() time.Time {
@@ -63,7 +65,7 @@ func (p ping) until() time.Time {
 // ping starts a stream of pings to a peer. It ends with stop, or the test.
 func (h *host) ping(p *host) *pings {
 	h.lab.t.Helper()
-	s := &pings{quit: make(chan struct{})}
+	s := &pings{grace: h.lab.grace, quit: make(chan struct{})}
 	h.must(h.in(func() (err error) {
 		// Bound, for the interface can be gone when the address is looked for.
 		from := &net.UDPAddr{IP: h.inner.AsSlice()}
@@ -81,7 +83,7 @@ func (s *pings) send() {
 	defer tick.Stop()
 	for n := uint64(0); ; n++ {
 		s.mu.Lock()
-		s.sent = append(s.sent, ping{at: time.Now()})
+		s.sent = append(s.sent, ping{at: time.Now(), grace: s.grace})
 		s.mu.Unlock()
 		// An error, too, means that this ping is not answered.
 		_, _ = s.conn.Write(binary.BigEndian.AppendUint64(nil, n))
@@ -136,7 +138,7 @@ func (l *lab) pingBoth() traffic {
 // stop ends the streams when the last pings had time to be answered, and
 // returns what became of them.
 func (s traffic) stop() records {
-	time.Sleep(pingGrace + pingInterval)
+	time.Sleep(s[0].grace + pingInterval)
 	r := s.so()
 	for _, p := range s {
 		p.end()
@@ -149,7 +151,7 @@ func (s traffic) so() records { return records{s[0].so(), s[1].so()} }
 
 // stop does for one stream what traffic.stop does for two.
 func (s *pings) stop() record {
-	time.Sleep(pingGrace + pingInterval)
+	time.Sleep(s.grace + pingInterval)
 	r := s.so()
 	s.end()
 	return r
@@ -161,7 +163,7 @@ func (s *pings) so() record {
 	now := time.Now()
 	r := make(record, 0, len(s.sent))
 	for _, p := range s.sent {
-		if now.Sub(p.at) > pingGrace {
+		if now.Sub(p.at) > s.grace {
 			r = append(r, p)
 		}
 	}

@@ -6,7 +6,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -18,6 +17,7 @@ import (
 
 	"keyturn/internal/control"
 	"keyturn/internal/link"
+	"keyturn/internal/psk"
 )
 
 const (
@@ -227,51 +227,62 @@ func (h *host) towards() (*control.PeerStatus, error) {
 	return &s.Peers[0], nil
 }
 
-// rotated returns nil when both ends have one key and not the one that they
-// came up with, or what is not so.
+// view returns what the host shows of the tunnel.
+func (h *host) view() (View, error) {
+	p, err := h.tryPeer()
+	if err != nil {
+		return View{}, fmt.Errorf("%s: %w", h.name, err)
+	}
+	key, err := psk.New(p.PresharedKey[:])
+	if err != nil {
+		return View{}, fmt.Errorf("%s: %w", h.name, err)
+	}
+	defer key.Wipe()
+	v := View{
+		Key:       key.Fingerprint(),
+		Original:  p.PresharedKey == h.original,
+		Handshake: p.LastHandshakeTime,
+		Sent:      p.TransmitBytes,
+		Received:  p.ReceiveBytes,
+	}
+	if v.Peer, err = h.towards(); err != nil {
+		v.Why = err.Error()
+	}
+	return v, nil
+}
+
+// views returns what both hosts show.
+func (l *lab) views() (a, b View, err error) {
+	if a, err = l.a.view(); err == nil {
+		b, err = l.b.view()
+	}
+	return a, b, err
+}
+
+// rotated is Rotated for both hosts.
 func (l *lab) rotated() error {
-	a, err := l.a.tryPeer()
+	a, b, err := l.views()
 	if err != nil {
 		return err
 	}
-	b, err := l.b.tryPeer()
-	if err != nil {
-		return err
-	}
-	if a.PresharedKey != b.PresharedKey {
-		return errors.New("the ends have different keys")
-	}
-	if a.PresharedKey == l.a.original || a.PresharedKey == (wgtypes.Key{}) {
-		return errors.New("the ends have the key that they came up with")
-	}
-	return nil
+	return Rotated(a, b)
 }
 
-// inStep returns nil when both ends have one key and call it protected, or
-// what is not so.
+// inStep is InStep for both hosts.
 func (l *lab) inStep() error {
-	if err := l.rotated(); err != nil {
+	a, b, err := l.views()
+	if err != nil {
 		return err
 	}
-	for _, h := range []*host{l.a, l.b} {
-		p, err := h.towards()
-		if err != nil {
-			return err
-		}
-		if !p.Protected || p.State != control.PeerProtected {
-			return fmt.Errorf("%s: %s: %s", h.name, p.State, p.Why)
-		}
-	}
-	return nil
+	return InStep(a, b)
 }
 
-// confirmedAtMost returns the serial of the newest key that an end has confirmed.
-func (l *lab) confirmedAtMost() (serial uint64) {
+// confirmedAtMost is ConfirmedAtMost for both hosts.
+func (l *lab) confirmedAtMost() uint64 {
 	l.t.Helper()
-	for _, h := range []*host{l.a, l.b} {
-		if p, err := h.towards(); err == nil && p.Confirmed != nil {
-			serial = max(serial, p.Confirmed.Serial)
-		}
+	a, b, err := l.views()
+	if err != nil {
+		l.t.Fatal(err)
 	}
-	return serial
+	return ConfirmedAtMost(a, b)
 }
