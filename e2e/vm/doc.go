@@ -23,9 +23,9 @@
 // the machine is does not matter to any deadline. Performance cannot be
 // measured there.
 //
-// In the guest, a host is a network namespace with an interface of the kernel's
-// WireGuard; two are joined by two cables, one for the tunnel and one for a
-// link beside it (guest/host_test.go). What goes wrong is in
+// In such a guest, a host is a network namespace with an interface of the
+// kernel's WireGuard; two are joined by two cables, one for the tunnel and one
+// for a link beside it (guest/host_test.go). What goes wrong is in
 // guest/faults_test.go, in words:
 //
 //	fault{name: "link cut, 3m0s", spares: true, do: cutFor(3*time.Minute, besideCable)}
@@ -34,4 +34,22 @@
 // the tunnel was back, and how many pings it lost. A part of them:
 //
 //	KEYTURN_VM_ONLY=reboot go test -tags vm -v -run TestInside ./e2e/vm/
+//
+// # Pairs
+//
+// In one guest the hosts have one kernel, and whatever happens to the machine
+// happens to both. TestPair (pair_test.go) gives each host a guest for itself,
+// and lets one of the two be suspended to RAM, stop, go back to a snapshot, or
+// have another time. KEYTURN_VM_ENDS=both lets each happen to either, with twice
+// the machines:
+//
+//	{name: "suspended to RAM, 4 min", happen: func(_ *exercise, m *machine) { m.suspend(4 * time.Minute) }},
+//
+// The times of two guests that jump would have nothing to do with each other,
+// so pairs run in real time, all at once, and their deadlines are looser: three
+// times the bound passes, as late. The test tells a guest what to do over a
+// second serial port (guest/order.go), and QEMU over its monitor
+// (machine_test.go); the cables are sockets that both processes inherit. The
+// guests' own clocks are what is broken: a time is measured on a guest's
+// monotonic clock after the fault's end, or here.
 package vm

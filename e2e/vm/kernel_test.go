@@ -20,7 +20,7 @@ import (
 const kernelPackage = "linux-image-cloud-amd64"
 
 // wanted are the modules that the tests need; what these need comes with them.
-var wanted = []string{"wireguard", "veth", "sch_netem"}
+var wanted = []string{"wireguard", "veth", "sch_netem", "virtio_pci", "virtio_net"}
 
 // kernel is an unpacked kernel package.
 type kernel struct {

@@ -14,7 +14,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -24,6 +23,7 @@ import (
 const (
 	kernelVar = "KEYTURN_VM_KERNEL" // an unpacked kernel package; fetched where it is not given
 	onlyVar   = "KEYTURN_VM_ONLY"   // a pattern of subtests in the guest; all where it is not given
+	endsVar   = "KEYTURN_VM_ENDS"   // "both": each fault of one machine happens to either; to one where it is not given
 	modeVar   = "KEYTURN_VM"        // "required": where it cannot run, it fails
 
 	// In real time, on a machine that has other things to do as well.
@@ -41,6 +41,8 @@ const (
 // lab is what every guest is started with.
 var lab struct {
 	unable error // why no guest can be started here
+	nice   string
+	dir    string // goes away whatever happens
 	image  string
 	initrd string
 }
@@ -83,6 +85,10 @@ func tools() (*kernel, error) {
 	if _, err := exec.LookPath(qemu); err != nil {
 		return nil, err
 	}
+	var err error
+	if lab.nice, err = exec.LookPath("nice"); err != nil {
+		return nil, err
+	}
 	return findKernel()
 }
 
@@ -96,7 +102,7 @@ func prepare(dir string, k *kernel) error {
 		"init":    {"test", "-c", "-tags", "vm", "-trimpath", "-o", "init", "keyturn/e2e/vm/guest"},
 		"keyturn": {"build", "-trimpath", "-ldflags", "-s -w", "-o", "keyturn", "keyturn/cmd/keyturn"},
 	}
-	lab.image, lab.initrd = k.image, filepath.Join(dir, "initramfs")
+	lab.dir, lab.image, lab.initrd = dir, k.image, filepath.Join(dir, "initramfs")
 	f, err := os.OpenFile(lab.initrd, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
@@ -145,16 +151,13 @@ func boot(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
 	start := time.Now()
-	machine := exec.CommandContext(ctx, qemu,
-		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio",
-		"-machine", "pc", "-cpu", "max", "-smp", "1", "-m", "512",
+	machine := guestCommand(ctx, pattern, "", "-m", "512",
 		// Virtual time: each instruction takes 8 ns, and while the guest
 		// waits its time jumps to whatever it waits for. The clock on the
 		// mainboard goes with it.
-		"-accel", "tcg", "-icount", "shift=3,sleep=off", "-rtc", "base=utc,clock=vm",
-		"-kernel", lab.image, "-initrd", lab.initrd,
-		"-append", "console=ttyS0 quiet panic=-1 random.trust_cpu=on -- -test.v -test.timeout=0 -test.run="+pattern)
-	machine.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
+		"-accel", "tcg", "-icount", "shift=3,sleep=off", "-rtc", "base=utc,clock=vm")
+	// Whatever lives in real time goes first.
+	machine.Path, machine.Args = lab.nice, append([]string{"nice", "-n", "10"}, machine.Args...)
 	machine.Stderr = t.Output()
 	console, err := machine.StdoutPipe()
 	if err != nil {

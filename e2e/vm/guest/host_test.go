@@ -202,7 +202,7 @@ func (h *host) plugIn() {
 	}))
 	h.createDevice()
 	h.must(h.in(func() (err error) {
-		h.echo, err = net.ListenPacket("udp4", ":"+echoPort)
+		h.echo, err = net.ListenUDP("udp4", &net.UDPAddr{Port: echoPort})
 		return err
 	}))
 	go answer(h.echo)

@@ -116,6 +116,14 @@ func deleteLink(name string) error {
 	return m.send()
 }
 
+// rename gives an interface that is down another name.
+func rename(index int, name string) error {
+	m := newMessage(unix.RTM_NEWLINK, 0)
+	m.put(unix.IfInfomsg{Index: int32(index)})
+	m.text(unix.IFLA_IFNAME, name)
+	return m.send()
+}
+
 func setUp(name string) error {
 	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

@@ -7,12 +7,15 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"sync"
 	"time"
 )
 
 const (
-	echoPort     = "7" // RFC 862
+	echoPort     = 7    // RFC 862
+	besidePort   = 8007 // the same, answered beside the tunnel
+	controlPort  = 8008 // the same, asked beside it as well
 	pingInterval = 400 * time.Millisecond
 	// WireGuard keeps packets while it has no session. A ping that had to
 	// wait for longer than this counts as lost.
@@ -33,10 +36,29 @@ func answer(c net.PacketConn) {
 	}
 }
 
+// answerBeside sends every packet back over the cable beside the tunnel, so
+// that WireGuard has traffic one way only.
+func answerBeside(c net.PacketConn, p *host) {
+	packet := make([]byte, 64)
+	to := net.UDPAddrFromAddrPort(netip.AddrPortFrom(p.beside, besidePort))
+	for {
+		n, _, err := c.ReadFrom(packet)
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err == nil {
+			_, _ = c.WriteTo(packet[:n], to)
+		}
+	}
+}
+
 // pings is a stream of numbered packets from one host to another, inside the
 // tunnel.
 type pings struct {
+	lab      *lab
 	conn     net.Conn
+	answers  net.Conn // conn, or where those arrive that come beside the tunnel
+	control  net.Conn // sends the same packets beside the tunnel; nil: nothing does
 	grace    time.Duration
 	quit     chan struct{}
 	routines sync.WaitGroup
@@ -49,10 +71,19 @@ type ping struct {
 	at       time.Time
 	answered time.Time
 	grace    time.Duration
+
+	controlled bool      // it was sent beside the tunnel as well
+	control    time.Time // when that was answered
 }
 
 // lost reports whether the ping had no answer in time.
-func (p ping) lost() bool { return p.answered.IsZero() || p.answered.Sub(p.at) > p.grace }
+func (p ping) lost() bool { return p.late(p.answered) && !p.doubtful() }
+
+// doubtful reports whether neither it nor the one beside the tunnel had an
+// answer in time. That tells nothing of the tunnel.
+func (p ping) doubtful() bool { return p.controlled && p.late(p.answered) && p.late(p.control) }
+
+func (p ping) late(answered time.Time) bool { return answered.IsZero() || answered.Sub(p.at) > p.grace }
 
 // until returns when a ping that was lost shows the tunnel to be dead no more.
 func (p ping) until() time.Time {
@@ -65,16 +96,57 @@ func (p ping) until() time.Time {
 // ping starts a stream of pings to a peer. It ends with stop, or the test.
 func (h *host) ping(p *host) *pings {
 	h.lab.t.Helper()
-	s := &pings{grace: h.lab.grace, quit: make(chan struct{})}
+	c := h.dial(h.inner, netip.AddrPortFrom(p.inner, echoPort))
+	return h.newPings(c, c).start()
+}
+
+// pingOneWay is ping to a peer that answers beside the tunnel, and for each ping
+// there is another that goes beside it both ways: in real time, a busy machine
+// is not to be taken for a tunnel that does not work.
+func (h *host) pingOneWay(p *host) *pings {
+	h.lab.t.Helper()
+	var answers net.Conn
 	h.must(h.in(func() (err error) {
-		// Bound, for the interface can be gone when the address is looked for.
-		from := &net.UDPAddr{IP: h.inner.AsSlice()}
-		s.conn, err = (&net.Dialer{LocalAddr: from}).Dial("udp", net.JoinHostPort(p.inner.String(), echoPort))
+		answers, err = net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(h.beside, besidePort)))
 		return err
 	}))
+	s := h.newPings(h.dial(h.inner, netip.AddrPortFrom(p.inner, besidePort)), answers)
+	s.control = h.dial(h.beside, netip.AddrPortFrom(p.beside, controlPort))
+	return s.start()
+}
+
+// listenBeside lets a host answer what pingOneWay sends to it.
+func (h *host) listenBeside(p *host) {
+	h.lab.t.Helper()
+	for _, at := range []netip.AddrPort{netip.AddrPortFrom(h.inner, besidePort), netip.AddrPortFrom(h.beside, controlPort)} {
+		var c net.PacketConn
+		h.must(h.in(func() (err error) {
+			c, err = net.ListenUDP("udp4", net.UDPAddrFromAddrPort(at))
+			return err
+		}))
+		go answerBeside(c, p)
+	}
+}
+
+// dial returns a socket for packets from an address of the host.
+func (h *host) dial(from netip.Addr, to netip.AddrPort) (c net.Conn) {
+	h.lab.t.Helper()
+	h.must(h.in(func() (err error) {
+		// Bound, for the interface can be gone when the address is looked for.
+		c, err = net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), net.UDPAddrFromAddrPort(to))
+		return err
+	}))
+	return c
+}
+
+func (h *host) newPings(conn, answers net.Conn) *pings {
+	return &pings{lab: h.lab, conn: conn, answers: answers, grace: h.lab.grace, quit: make(chan struct{})}
+}
+
+func (s *pings) start() *pings {
 	s.routines.Go(s.send)
 	s.routines.Go(s.receive)
-	h.lab.t.Cleanup(func() { s.end() })
+	s.lab.t.Cleanup(func() { s.end() })
 	return s
 }
 
@@ -83,10 +155,14 @@ func (s *pings) send() {
 	defer tick.Stop()
 	for n := uint64(0); ; n++ {
 		s.mu.Lock()
-		s.sent = append(s.sent, ping{at: time.Now(), grace: s.grace})
+		s.sent = append(s.sent, ping{at: time.Now(), grace: s.grace, controlled: s.control != nil})
 		s.mu.Unlock()
 		// An error, too, means that this ping is not answered.
-		_, _ = s.conn.Write(binary.BigEndian.AppendUint64(nil, n))
+		packet := binary.BigEndian.AppendUint64(nil, n)
+		_, _ = s.conn.Write(packet)
+		if s.control != nil {
+			_, _ = s.control.Write(append(packet, 0))
+		}
 		select {
 		case <-s.quit:
 			return
@@ -98,18 +174,30 @@ func (s *pings) send() {
 func (s *pings) receive() {
 	packet := make([]byte, 64)
 	for {
-		n, err := s.conn.Read(packet)
+		n, err := s.answers.Read(packet)
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
-		if err != nil || n != 8 {
+		if err != nil || n != 8 && n != 9 {
 			continue // an ICMP error is of one ping
 		}
-		s.mu.Lock()
-		if i := binary.BigEndian.Uint64(packet); i < uint64(len(s.sent)) && s.sent[i].answered.IsZero() {
-			s.sent[i].answered = time.Now()
-		}
-		s.mu.Unlock()
+		s.mark(binary.BigEndian.Uint64(packet), n == 9)
+	}
+}
+
+// mark notes the answer to a ping, or to its control.
+func (s *pings) mark(n uint64, control bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n >= uint64(len(s.sent)) {
+		return
+	}
+	at := &s.sent[n].answered
+	if control {
+		at = &s.sent[n].control
+	}
+	if at.IsZero() {
+		*at = time.Now()
 	}
 }
 
@@ -120,6 +208,10 @@ func (s *pings) end() {
 		close(s.quit)
 	}
 	_ = s.conn.Close()
+	_ = s.answers.Close() // a second time where it is the same
+	if s.control != nil {
+		_ = s.control.Close()
+	}
 	s.routines.Wait()
 }
 
@@ -201,6 +293,43 @@ func (r record) recovery(from time.Time) (d time.Duration) {
 		}
 	}
 	return d
+}
+
+func (r record) doubtful() (n int) {
+	for _, p := range r {
+		if p.doubtful() {
+			n++
+		}
+	}
+	return n
+}
+
+// outages returns the times in which one ping after the other was lost, but for
+// those that were over before a time.
+func (r record) outages(from time.Time) (all []Outage) {
+	var first, last *ping // of the present one
+	over := func() {
+		if first == nil {
+			return
+		}
+		if end := last.until(); end.After(from) {
+			all = append(all, Outage{End: end.Sub(from), Length: end.Sub(first.at)})
+		}
+		first = nil
+	}
+	for i := range r {
+		switch p := &r[i]; {
+		case p.lost():
+			if first == nil {
+				first = p
+			}
+			last = p
+		case !p.doubtful():
+			over()
+		}
+	}
+	over()
+	return all
 }
 
 func (r record) String() string { return fmt.Sprintf("%d of %d pings lost", r.lost(), len(r)) }
