@@ -3,6 +3,7 @@
 package guest
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"testing"
@@ -48,6 +49,17 @@ func TestClock(t *testing.T) {
 	for _, f := range []fault{
 		{name: "clock 5 h ahead", spares: true, do: func(l *lab) { moveClock(l.t, hours) }},
 		{name: "clock 5 h back", do: func(l *lab) { moveClock(l.t, -hours) }},
+		// The session at hand is left alone, and what the bound is for begins
+		// with its end.
+		{name: "clock 5 h back, after handshakes of both", late: rejectAfter, do: func(l *lab) {
+			// Down and up again, an interface has no session, but remembers when
+			// the other end's last handshake began.
+			for _, h := range []*host{l.a, l.b} {
+				h.must(h.in(func() error { return errors.Join(setDown(wg0), setUp(wg0)) }))
+				time.Sleep(10 * time.Second)
+			}
+			moveClock(l.t, -hours)
+		}},
 		// Both hosts wake in the same millisecond, as no two machines do: their
 		// first handshakes cross, and neither succeeds.
 		{name: "suspend, 5 h", late: nextAttempt, do: func(l *lab) { l.suspend(hours) }},

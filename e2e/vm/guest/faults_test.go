@@ -241,7 +241,11 @@ func mixture(seed uint64) fault {
 func (l *lab) setBack(h *host) {
 	l.t.Helper()
 	key, copied := h.peer().PresharedKey, h.path("snapshot")
-	for _, d := range []string{"run", "state"} {
+	disks := []string{"run", "state"}
+	if _, err := os.Stat(h.path("journal")); err == nil {
+		disks = append(disks, "journal")
+	}
+	for _, d := range disks {
 		h.must(copyFiles(h.path(d), filepath.Join(copied, d)))
 	}
 	time.Sleep(5 * time.Minute)
@@ -249,7 +253,7 @@ func (l *lab) setBack(h *host) {
 		l.t.Error("nothing was rotated")
 	}
 	h.shutdown()
-	for _, d := range []string{"run", "state"} {
+	for _, d := range disks {
 		h.must(os.RemoveAll(h.path(d)))
 		h.must(os.Rename(filepath.Join(copied, d), h.path(d)))
 	}
@@ -341,14 +345,20 @@ func TestInside(t *testing.T) {
 	faults := everywhere()
 	faults = append(faults, each(fault{
 		name: "reboot with a journal, 20 s",
-		with: func(h *host) (rotator, peer settings) {
-			h.writeSecret(h.path("journal.key"))
-			return settings{"journal": settings{"path": "journal", "key_file": "journal.key"}}, nil
-		},
+		with: withJournal,
 	}, whileDown(20*time.Second, (*host).shutdown, (*host).boot))...)
+	faults = append(faults,
+		fault{name: "client set back, with a journal", with: withJournal, do: func(l *lab) { l.setBack(l.a) }},
+		fault{name: "server set back, with a journal", with: withJournal, do: func(l *lab) { l.setBack(l.b) }})
 	for _, f := range faults {
 		f.run(t, true)
 	}
+}
+
+// withJournal lets it survive a reboot.
+func withJournal(h *host) (rotator, peer settings) {
+	h.writeSecret(h.path("journal.key"))
+	return settings{"journal": settings{"path": "journal", "key_file": "journal.key"}}, nil
 }
 
 // atTheKMS are ten minutes in which a KMS of either end does not do what it

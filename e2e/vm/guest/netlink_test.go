@@ -124,7 +124,10 @@ func rename(index int, name string) error {
 	return m.send()
 }
 
-func setUp(name string) error {
+func setUp(name string) error   { return setFlags(name, unix.IFF_UP) }
+func setDown(name string) error { return setFlags(name, 0) }
+
+func setFlags(name string, flags uint16) error {
 	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return err
@@ -134,7 +137,7 @@ func setUp(name string) error {
 	if err != nil {
 		return err
 	}
-	r.SetUint16(unix.IFF_UP)
+	r.SetUint16(flags)
 	return unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, r)
 }
 
