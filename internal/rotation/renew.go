@@ -126,7 +126,7 @@ func (s *KeyRotationScheduler) deaf() bool {
 // WireGuard does not count those that it refuses for their time. The peer's
 // clock went back as its host was started anew.
 func (s *KeyRotationScheduler) peerDeaf() bool {
-	return s.peerTrying() && s.alive && !s.gone() && s.peerBooted.After(s.handshakeAt) &&
+	return s.peerTrying() && s.alive && !s.gone() && s.peerNew &&
 		s.now.Sub(s.handshakeAt) < SessionLife-nearlyDead && s.now.Sub(s.received) >= TryingAfter
 }
 

@@ -55,20 +55,20 @@ type KeyRotationScheduler struct {
 	keptFor      uint64 // newest confirmed serial for which the recovery key was looked at
 
 	// The peer.
-	session    wire.SessionID
-	peerBoot   wire.BootID
-	peerBooted time.Time    // when another boot of it was met than before; zero: never
-	peer       *wire.Report // its newest, of this session
-	early      *wire.Report // of a session that the KeyGenerator has not adopted yet
-	peerSeq    uint64
-	seq        uint64
-	heard      time.Time
-	attempt    uint32
-	reportAt   time.Time
-	reportNow  bool
-	goodbye    bool
-	stopping   bool // nothing is begun any more
-	stopped    bool // Bye was sent
+	session   wire.SessionID
+	peerBoot  wire.BootID
+	peerNew   bool         // another boot of it was met since the last handshake
+	peer      *wire.Report // its newest, of this session
+	early     *wire.Report // of a session that the KeyGenerator has not adopted yet
+	peerSeq   uint64
+	seq       uint64
+	heard     time.Time
+	attempt   uint32
+	reportAt  time.Time
+	reportNow bool
+	goodbye   bool
+	stopping  bool // nothing is begun any more
+	stopped   bool // Bye was sent
 
 	// Rules that wait.
 	notBefore     time.Time // client: no commit before
@@ -253,9 +253,7 @@ func (s *KeyRotationScheduler) newSession() {
 	t := s.tunnel
 	s.session = t.session
 	if t.peerBoot != s.peerBoot {
-		if s.peerBoot != (wire.BootID{}) {
-			s.peerBooted = s.now
-		}
+		s.peerNew = s.peerBoot != (wire.BootID{})
 		s.peerBoot = t.peerBoot
 	}
 	s.peer, s.peerSeq, s.differsSince = nil, 0, time.Time{}
