@@ -18,10 +18,8 @@ import (
 
 const (
 	orderPort = "/dev/ttyS1"
-	// A pair runs in real time, on a machine that does other things as well. A
-	// tunnel that does not work for longer than this is noticed all the same,
-	// and from its first second on.
-	pairGrace = boundBeside
+	// A pair runs in real time, on a machine that does other things as well.
+	pairGrace = 3 * time.Second
 )
 
 // end is a guest that is one host of a pair. The other is known to it and

@@ -60,8 +60,9 @@ type Pings struct {
 	Outages  []Outage `json:"outages,omitempty"` // that ended then
 }
 
-// Outage is a time in which every ping was lost.
+// Outage is a time in which no ping was answered.
 type Outage struct {
-	End    time.Duration `json:"end"` // after the mark
-	Length time.Duration `json:"length"`
+	Begin  time.Duration `json:"begin"`  // after the mark; before it if negative
+	End    time.Duration `json:"end"`    // after the mark
+	Length time.Duration `json:"length"` // without that for which doubtful pings stand
 }

@@ -304,26 +304,24 @@ func (r record) doubtful() (n int) {
 	return n
 }
 
-// outages returns the times in which one ping after the other was lost, but for
-// those that were over before a time.
+// outages returns the times in which no ping was answered and some were lost,
+// but for those that were over before a time.
 func (r record) outages(from time.Time) (all []Outage) {
-	var first, last *ping // of the present one
+	var lost record // of the present one
 	over := func() {
-		if first == nil {
-			return
+		if n := len(lost); n > 0 && lost[n-1].until().After(from) {
+			all = append(all, Outage{
+				Begin:  lost[0].at.Sub(from),
+				End:    lost[n-1].until().Sub(from),
+				Length: time.Duration(n) * pingInterval,
+			})
 		}
-		if end := last.until(); end.After(from) {
-			all = append(all, Outage{End: end.Sub(from), Length: end.Sub(first.at)})
-		}
-		first = nil
+		lost = nil
 	}
-	for i := range r {
-		switch p := &r[i]; {
+	for _, p := range r {
+		switch {
 		case p.lost():
-			if first == nil {
-				first = p
-			}
-			last = p
+			lost = append(lost, p)
 		case !p.doubtful():
 			over()
 		}
