@@ -146,3 +146,20 @@ func TestTryingPeer(t *testing.T) {
 		t.Errorf("made anew %d times in 10 minutes", n)
 	}
 }
+
+// A client that is merely away, with its link inside the tunnel: the server
+// knocks now and then, and does not hunt for it.
+func TestKnock(t *testing.T) {
+	w := rotationtest.New(rotationtest.Options{Seed: 1, Idle: true, Inside: true, Fallback: true})
+	w.Run(5 * time.Minute)
+	client, server := w.Ends[rotationtest.Client], w.Ends[rotationtest.Server]
+	client.Stop()
+	w.Run(time.Hour)
+	if n := server.Notes[rotation.NoteHunting]; n > 0 {
+		t.Errorf("the server hunts: %d steps", n)
+	}
+	client.Start()
+	if !w.Until(20*time.Second, w.Works) {
+		t.Errorf("the client came back, and the tunnel does not work: %s", w.Describe())
+	}
+}

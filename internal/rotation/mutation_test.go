@@ -125,16 +125,22 @@ var mutations = []mutation{
 		{"scheduler.go", "Held: limit(s.held())", "Held: limit(t.held())"},
 	}},
 	{"what the peer tries in vain is begun here", "TestTrace|TestClock", []edit{
-		{"renew.go", "if !s.peerTrying() || !s.idle() || s.stopping {", "if true {"},
+		{"renew.go", "if !s.peerTrying() || !s.gone() || s.stopping {", "if true {"},
 	}},
 	{"an end whose clock went back makes the peer anew", "TestTrace|TestClock", []edit{
 		{"renew.go", "return s.unheeded() && (!s.tries().IsZero()", "return false && (!s.tries().IsZero()"},
 	}},
 	{"an end that hears nothing of a peer that tries makes it anew", "TestTrace|TestClock", []edit{
-		{"renew.go", "return s.peerTrying() && !s.idle() &&", "return false && s.peerTrying() && !s.idle() &&"},
+		{"renew.go", "return s.peerTrying() && s.alive &&", "return false && s.peerTrying() && s.alive &&"},
 	}},
 	{"the server knocks without a link", "TestTrace|TestClock", []edit{
-		{"renew.go", "case s.tunnel.config.Role != Server ||", "case true ||"},
+		{"renew.go", "if s.tunnel.config.Role != Server ||", "if true || s.tunnel.config.Role != Server ||"},
+	}},
+	{"a knock is no sign of anything", "TestKnock", []edit{
+		{"observe.go", "echo := received == 0 && s.knocking()", "echo := false && s.knocking()"},
+	}},
+	{"a recovery key where journals survive a reboot", "TestTrace|TestRecoveryKey", []edit{
+		{"recovery.go", "case s.wantsRecovery():", "case false:"},
 	}},
 	{"the client lists a key that it could not set", "TestTrace", []edit{
 		{"rotation.go", "(!r.failed || t.config.Role == Client) &&", "!r.failed &&"},
