@@ -26,6 +26,11 @@ func TestClock(t *testing.T) {
 			}
 		}
 	}
+	restart := func(w *rotationtest.World) {
+		begun(both)(w)
+		w.Ends[rotationtest.Server].Crash()
+		w.Ends[rotationtest.Server].Start()
+	}
 	for _, x := range []struct {
 		name    string
 		ends    []int // whose clock goes back
@@ -44,6 +49,7 @@ func TestClock(t *testing.T) {
 		{name: "the server's goes back, only the server sends", ends: server, options: rotationtest.Options{Listens: [2]bool{true, false}}},
 		{name: "the client reboots, its clock goes back, only the client sends", ends: client, before: begun(both), options: rotationtest.Options{Listens: [2]bool{false, true}}, reboot: true, renews: true},
 		{name: "the server reboots, its clock goes back, only the server sends", ends: server, before: begun(both), options: rotationtest.Options{Listens: [2]bool{true, false}}, reboot: true, renews: true},
+		{name: "the client reboots, its clock goes back, the server has just restarted, only the client sends", ends: client, before: restart, options: rotationtest.Options{Listens: [2]bool{false, true}}, reboot: true, renews: true},
 		{name: "both reboot, both go back", ends: both, before: begun(both), reboot: true},
 		{name: "the clock goes ahead", ends: nil, before: begun(both)},
 	} {

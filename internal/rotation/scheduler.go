@@ -253,8 +253,7 @@ func (s *KeyRotationScheduler) newSession() {
 	t := s.tunnel
 	s.session = t.session
 	if t.peerBoot != s.peerBoot {
-		s.peerNew = s.peerBoot != (wire.BootID{})
-		s.peerBoot = t.peerBoot
+		s.peerBoot, s.peerNew = t.peerBoot, true // or this end was, and cannot tell
 	}
 	s.peer, s.peerSeq, s.differsSince = nil, 0, time.Time{}
 	s.reportNow = true
