@@ -21,14 +21,13 @@ type Fake struct {
 	takes  time.Duration
 	dumps  int
 	sets   []FakeSet
-	renews []PublicKey
 	probes []PublicKey
 	closed bool
 }
 
 // Failures are the errors that a Fake returns; nil ones mean success. A call
 // that fails changes and records nothing.
-type Failures struct{ Dump, SetPSK, Renew, Probe error }
+type Failures struct{ Dump, SetPSK, Probe error }
 
 // FakeSet records a successful call of SetPSK, also on a peer that is missing.
 type FakeSet struct {
@@ -97,13 +96,6 @@ func (f *Fake) Sets() []FakeSet {
 	return slices.Clone(f.sets)
 }
 
-// Renews returns the peers removed and added again so far, in order.
-func (f *Fake) Renews() []PublicKey {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return slices.Clone(f.renews)
-}
-
 // Probes returns the peers probed so far, in order.
 func (f *Fake) Probes() []PublicKey {
 	f.mu.Lock()
@@ -163,7 +155,7 @@ func (f *Fake) SetPSK(k PublicKey, key *psk.Key) error {
 func (f *Fake) Renew(k PublicKey) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if err := f.check(f.fail.Renew); err != nil {
+	if err := f.check(nil); err != nil {
 		return err
 	}
 	p, ok := f.peers[k]
@@ -172,7 +164,6 @@ func (f *Fake) Renew(k PublicKey) error {
 	}
 	p.Handshake, p.Rx, p.Tx = time.Time{}, 0, 0
 	f.peers[k] = p
-	f.renews = append(f.renews, k)
 	return nil
 }
 
