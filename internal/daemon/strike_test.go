@@ -52,9 +52,8 @@ type variant struct {
 // what the rotators draw at random, nor which goroutine runs first.
 //
 // What a bubble cannot show: a wall clock that is moved (here the stamps of
-// handshakes move, into the past), a
-// machine that sleeps, and a process that wakes up in a snapshot (here it is
-// started anew on the snapshot's disk and PSK).
+// handshakes move, into the past), a machine that sleeps, and a process that
+// wakes up in a snapshot (here it is started anew on the snapshot's disk and PSK).
 func TestWeekOfFaults(t *testing.T) {
 	span, seed := 4*time.Hour, uint64(1)
 	switch {

@@ -122,7 +122,7 @@ type Config struct {
 	BlockStart bool      // start: block
 	Fallback   bool      // fallback: initial
 	Recovery   bool      // keep a recovery key, with the link inside: the journal survives a reboot, and there is no fallback and no block
-	Inside     bool      // until the first link: it runs inside the tunnel, or may
+	Inside     bool      // until the first link: by the configuration it runs inside the tunnel
 	Random     io.Reader // session ids, KEM seeds, jitter; never fails
 }
 

@@ -83,8 +83,8 @@ type KeyRotationScheduler struct {
 	told          bool      // the peer was told that handshakes are tried
 	helpAt        time.Time // no further probe for the peer's sake before
 	renewAt       time.Time // zero: no renewal is due
-	inside        bool      // the link runs inside the tunnel, or may
-	knockAt       time.Time // zero: there is a link
+	inside        bool      // the last link ran inside the tunnel, or the first one will
+	knockAt       time.Time // zero: nothing to knock for
 	knocked       time.Time // the last knock
 	lostAt        time.Time // since when there has been no link
 	notRenewed    time.Time // no renewal before
@@ -377,10 +377,10 @@ func (s *KeyRotationScheduler) reported(m *wire.Report) {
 			s.confirm(r)
 		}
 	}
+	s.recognise(m)
 	// A committed key that the peer neither has installed nor holds can never
 	// be accepted in this session. One that the client took from its buffer in
 	// this session is only unlisted because the server could not set it (R1).
-	s.recognise(m)
 	if s.op == nil {
 		base := t.base()
 		for _, r := range slices.Clone(t.records) {
