@@ -163,6 +163,12 @@ func TestAdversary(t *testing.T) {
 		{"inside with fallback", rotationtest.Options{Inside: true, Fallback: true}, inside},
 		{"inside with fallback, hub", rotationtest.Options{Inside: true, Fallback: true, Hub: [2]bool{false, true}}, insideHub},
 		{"inside with journal", rotationtest.Options{Inside: true, Persistent: true}, inside},
+		{"only the client sends", rotationtest.Options{Listens: [2]bool{false, true}}, beside},
+		{"only the server sends", rotationtest.Options{Listens: [2]bool{true, false}}, beside},
+		{"inside with fallback, only the client sends", rotationtest.Options{Inside: true, Fallback: true, Listens: [2]bool{false, true}}, inside},
+		{"inside with fallback, only the server sends", rotationtest.Options{Inside: true, Fallback: true, Listens: [2]bool{true, false}}, inside},
+		{"inside with journal, only the client sends", rotationtest.Options{Inside: true, Persistent: true, Listens: [2]bool{false, true}}, inside},
+		{"inside with journal, only the server sends", rotationtest.Options{Inside: true, Persistent: true, Listens: [2]bool{true, false}}, inside},
 	} {
 		t.Run(x.name, func(t *testing.T) {
 			rapid.Check(t, func(t *rapid.T) { check(t, x.options, every(), recovered(x.bound)) })

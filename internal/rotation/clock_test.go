@@ -54,10 +54,14 @@ func TestClock(t *testing.T) {
 		{name: "the clock goes ahead", ends: nil, before: begun(both)},
 	} {
 		for _, where := range []struct {
-			name   string
-			inside bool
-			bound  time.Duration
-		}{{"beside", false, 10 * time.Second}, {"inside", true, 180 * time.Second}} {
+			name               string
+			inside, persistent bool
+			bound              time.Duration
+		}{
+			{"beside", false, false, 10 * time.Second},
+			{"inside with fallback", true, false, 180 * time.Second},
+			{"inside with a journal", true, true, 180 * time.Second},
+		} {
 			t.Run(x.name+", "+where.name, func(t *testing.T) {
 				seeds := uint64(4)
 				if testing.Short() {
@@ -66,9 +70,7 @@ func TestClock(t *testing.T) {
 				for seed := range seeds {
 					o := x.options
 					o.Seed, o.Inside = seed, where.inside
-					// Where only one end sends, and its host comes up without the key,
-					// the other has no sign that it should hunt.
-					o.Persistent, o.Fallback = where.inside && x.reboot, where.inside && !x.reboot
+					o.Persistent, o.Fallback = where.persistent, where.inside && !where.persistent
 					var trace bytes.Buffer
 					o.Trace = &trace
 					w := rotationtest.New(o)
@@ -154,18 +156,87 @@ func TestTryingPeer(t *testing.T) {
 }
 
 // A client that is merely away, with its link inside the tunnel: the server
-// knocks now and then, and does not hunt for it.
+// knocks, and walks once through its keys when nobody answers, more and more
+// rarely. When the client comes back and is heard, it finds the key that it left.
 func TestKnock(t *testing.T) {
-	w := rotationtest.New(rotationtest.Options{Seed: 1, Idle: true, Inside: true, Fallback: true})
-	w.Run(5 * time.Minute)
-	client, server := w.Ends[rotationtest.Client], w.Ends[rotationtest.Server]
-	client.Stop()
-	w.Run(time.Hour)
-	if n := server.Notes[rotation.NoteHunting]; n > 0 {
-		t.Errorf("the server hunts: %d steps", n)
+	// A dump, the step and its own dump, and an attempt.
+	const bound = 10 * time.Second
+	for _, away := range []time.Duration{time.Minute, 10 * time.Minute, time.Hour, 24 * time.Hour} {
+		for phase := range 24 {
+			var trace bytes.Buffer
+			w := rotationtest.New(rotationtest.Options{Seed: uint64(phase), Idle: true, Inside: true, Fallback: true, Trace: &trace})
+			w.Run(5 * time.Minute)
+			client, server := w.Ends[rotationtest.Client], w.Ends[rotationtest.Server]
+			left := server.View().Installed
+			client.Stop()
+			w.Run(15 * time.Second)
+			w.Tunnel.Cut = true
+			w.Run(away + time.Duration(phase)*7*time.Second)
+			if n := server.Notes[rotation.NoteHunting]; n > 150 {
+				t.Errorf("away for %v: the server hunted, with %d steps", away, n)
+			}
+			w.Tunnel.Cut = false
+			client.Start()
+			w.Send(rotationtest.Client)
+			if !w.Until(bound, w.Works) {
+				b := trace.Bytes()
+				t.Fatalf("away for %v, phase %d: the client came back, and the tunnel does not work: %s\n%s", away, phase, w.Describe(), b[max(0, len(b)-6000):])
+			}
+			w.Run(2 * time.Minute)
+			if in := server.View().Installed; in.Serial < left.Serial {
+				t.Errorf("the client came back to %v instead of %v", in, left)
+			}
+		}
 	}
-	client.Start()
-	if !w.Until(20*time.Second, w.Works) {
-		t.Errorf("the client came back, and the tunnel does not work: %s", w.Describe())
+}
+
+// The host of the client comes up at any time without its key and with its clock
+// set back, while the server has nothing to send: nothing that begins there is
+// heard, and no sign tells the server that somebody is there.
+func TestWalk(t *testing.T) {
+	for _, off := range []time.Duration{0, 30 * time.Second, 3 * time.Minute, 12 * time.Minute} {
+		for phase := range 32 {
+			w := rotationtest.New(rotationtest.Options{Seed: uint64(phase), Inside: true, Fallback: true, Listens: [2]bool{false, true}})
+			w.Run(5 * time.Minute)
+			client := w.Ends[rotationtest.Client]
+			w.Handshake(rotationtest.Client)
+			w.Run(time.Duration(phase) * 5 * time.Second)
+			client.Reboot()
+			w.Tunnel.Cut = true
+			client.WallOffset -= 5 * time.Hour
+			w.Run(off + time.Duration(phase)*5*time.Second)
+			w.Tunnel.Cut = false
+			client.Start()
+			if !w.Until(180*time.Second, w.Works) {
+				t.Errorf("off for %v, phase %d: not within 180s: %s", off, phase, w.Describe())
+			}
+		}
+	}
+}
+
+// TestPutBack: a machine is put back to a snapshot of it running, and its WireGuard
+// to a session that the other has given up. Both take a session for alive, and
+// WireGuard alone would try to make another after 15 s.
+func TestPutBack(t *testing.T) {
+	for end := range 2 {
+		for phase := range 20 {
+			w := rotationtest.New(rotationtest.Options{Seed: uint64(phase)})
+			w.Run(5*time.Minute + time.Duration(phase)*3*time.Second)
+			restore := w.Ends[end].Live()
+			w.Run(20 * time.Second)
+			w.Handshake(1 - end)
+			w.Run(130*time.Second + time.Duration(phase)*time.Second)
+			confirmed := w.Confirmed()
+			restore()
+			if down := w.Outage(10 * time.Minute); down > 5*time.Second {
+				t.Errorf("end %d, phase %d: the tunnel did not work for %v", end, phase, down)
+			}
+			if n := w.Ends[1-end].Notes[rotation.NoteRenewed]; n > 1 || w.Ends[end].Notes[rotation.NoteRenewed] > 0 {
+				t.Errorf("end %d, phase %d: made anew %d times", end, phase, n)
+			}
+			if w.Confirmed() <= confirmed+3 || w.Err() != nil {
+				t.Errorf("end %d, phase %d: %v: %s", end, phase, w.Err(), w.Describe())
+			}
+		}
 	}
 }

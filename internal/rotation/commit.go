@@ -305,6 +305,9 @@ func (s *KeyRotationScheduler) finish(op *operation) {
 	case opStep:
 		s.note(NoteHunting, op.record.name(), "trying it at this end")
 		s.huntProbe = s.now
+		if s.knocks.homeward {
+			s.endHunt("at where the walk began")
+		}
 	}
 }
 
@@ -367,7 +370,7 @@ func (s *KeyRotationScheduler) committed(m *wire.Committed) {
 	if op == nil || op.kind != opCommit || op.stage != asking || op.record.name() != m.Key {
 		return
 	}
-	s.peerSeq = max(s.peerSeq, m.Seq)
+	s.peerSeq, s.peerHigh = max(s.peerSeq, m.Seq), max(s.peerHigh, m.Seq)
 	if s.peer != nil {
 		p := *s.peer
 		p.Installed, p.Seen, p.Blocked = m.Key, p.Seen && p.Installed == m.Key, false

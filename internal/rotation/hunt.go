@@ -25,6 +25,9 @@ func (s *KeyRotationScheduler) hunt() {
 	}
 	candidates := s.tunnel.candidates(func(r *record) bool { return r.journaled && s.usable(r) })
 	if len(candidates) == 0 {
+		if s.knocks.walking {
+			s.rest()
+		}
 		return
 	}
 	if !s.hunting {
@@ -32,17 +35,25 @@ func (s *KeyRotationScheduler) hunt() {
 		s.stepAt = s.now.Add(s.dwell())
 		s.pollBefore = time.Time{}
 		s.huntProbe = s.now
-		s.note(NoteHunting, none, fmt.Sprintf("no handshake succeeds; candidates for the key of the other end: %d", len(candidates)))
+		why := "no handshake succeeds"
+		if s.knocks.walking {
+			why = "there is no link, and nobody answers"
+			s.stepAt = s.knocks.last.Add(s.dwell())
+		}
+		s.note(NoteHunting, none, fmt.Sprintf("%s; candidates for the key of the other end: %d", why, len(candidates)))
 	}
 	if s.due(s.stepAt) {
 		s.step(candidates)
-		if s.op != nil {
+		if s.op != nil || !s.hunting {
 			return
 		}
 	}
 	if s.due(s.huntProbe) {
 		s.huntProbe = s.now.Add(HuntProbe)
 		s.at(s.huntProbe)
+		if s.knocks.walking {
+			s.knocks.probed = s.now
+		}
 		s.out = append(s.out, Probe{})
 	}
 }
@@ -62,9 +73,12 @@ func (s *KeyRotationScheduler) step(candidates []*record) {
 	s.stepAt = s.now.Add(s.dwell())
 	s.at(s.stepAt)
 	i := slices.Index(candidates, s.installed)
-	next := candidates[(i+1)%len(candidates)]
-	if next != s.installed {
+	next := s.onwards(candidates[(i+1)%len(candidates)], candidates)
+	switch {
+	case next != s.installed:
 		s.begin(&operation{kind: opStep, record: next})
+	case s.knocks.homeward:
+		s.endHunt("at where the walk began")
 	}
 }
 
@@ -77,6 +91,9 @@ func (s *KeyRotationScheduler) huntDue() bool {
 		return s.due(s.differsSince.Add(HuntRepair)) && !s.differsSince.IsZero()
 	}
 	old := !s.alive || s.now.Sub(s.handshakeAt) >= RekeyAfter
+	if s.knocks.walking {
+		return true
+	}
 	return old && s.trying[1].Sub(s.trying[0]) >= HuntEvidence || s.unheard[1].Sub(s.unheard[0]) >= DeadAfter
 }
 
@@ -89,6 +106,9 @@ func (s *KeyRotationScheduler) dwell() time.Duration {
 
 func (s *KeyRotationScheduler) endHunt(why string) {
 	s.hunting = false
+	if s.knocks.walking {
+		s.rest()
+	}
 	s.pollBefore = time.Time{}
 	key := none
 	if in := s.installed; in != nil {

@@ -133,11 +133,23 @@ var mutations = []mutation{
 	{"an end that hears nothing of a peer that tries makes it anew", "TestTrace|TestClock", []edit{
 		{"renew.go", "return s.peerTrying() && s.alive &&", "return false && s.peerTrying() && s.alive &&"},
 	}},
+	{"a peer that was put back to a live snapshot is made anew", "TestPutBack", []edit{
+		{"renew.go", "s.peerDeaf() || s.peerPutBack()", "s.peerDeaf()"},
+	}},
 	{"the server knocks without a link", "TestTrace|TestClock", []edit{
-		{"renew.go", "if s.tunnel.config.Role != Server ||", "if true || s.tunnel.config.Role != Server ||"},
+		{"knock.go", "if s.tunnel.config.Role != Server ||", "if true || s.tunnel.config.Role != Server ||"},
 	}},
 	{"a knock is no sign of anything", "TestKnock", []edit{
 		{"observe.go", "echo := received == 0 && s.knocking()", "echo := false && s.knocking()"},
+	}},
+	{"who answers no knock may have another key", "TestWalk", []edit{
+		{"knock.go", "if s.due(k.last.Add(DeadAfter)) {", "if false {"},
+	}},
+	{"a walk ends where it began", "TestKnock", []edit{
+		{"knock.go", "if !k.walking || !k.homeward && next.name() != k.home {", "if !k.walking || !k.homeward {"},
+	}},
+	{"a walk ends when the other end is heard", "TestKnock", []edit{
+		{"knock.go", "if heard && !k.homeward {", "if false {"},
 	}},
 	{"a recovery key where journals survive a reboot", "TestTrace|TestRecoveryKey", []edit{
 		{"recovery.go", "case s.wantsRecovery():", "case false:"},

@@ -59,50 +59,18 @@ func (s *KeyRotationScheduler) help() {
 	}
 }
 
-// knock is W4: without a link, and where that runs inside the tunnel, this end
-// may have nothing to send, and the other end's attempts be refused for their
-// time. The client dials, which is something to send.
-func (s *KeyRotationScheduler) knock() {
-	if s.tunnel.config.Role != Server || !s.inside || s.tunnel.linked || s.hunting || s.stopping || !s.ready || s.absent > 0 {
-		s.knockAt = time.Time{}
-		return
-	}
-	if s.knockAt.IsZero() {
-		s.lostAt, s.knockAt = s.now, s.now.Add(knockFirst)
-	}
-	if !s.due(s.knockAt) || !s.due(later(s.sent, s.lostAt).Add(knockFirst)) {
-		return // whoever has sent something makes WireGuard try anyway
-	}
-	s.knocked = s.now
-	s.knockAt = s.now.Add(max(knockEvery, min(s.now.Sub(s.lostAt)/2, knockMost)))
-	s.at(s.knockAt)
-	s.out = append(s.out, Probe{})
-}
-
-func later(a, b time.Time) time.Time {
-	if a.After(b) {
-		return a
-	}
-	return b
-}
-
-// knocking says that what WireGuard sends may come of a knock alone.
-func (s *KeyRotationScheduler) knocking() bool {
-	return !s.knocked.IsZero() && s.now.Sub(s.knocked) < knockEcho
-}
-
 // renew is W3: WireGuard is made to forget when the other end's last handshake
 // began, unless one that begins there and is heard comes first. The server does
 // so before the client: two that begin at once would collide.
 func (s *KeyRotationScheduler) renew() {
-	deaf, peerDeaf := s.deaf(), s.peerDeaf()
-	if s.stopping || s.op != nil || !s.ready || s.absent > 0 || !deaf && !peerDeaf {
+	deaf, lost := s.deaf(), s.peerDeaf() || s.peerPutBack()
+	if s.stopping || s.op != nil || !s.ready || s.absent > 0 || !deaf && !lost {
 		s.renewAt = time.Time{}
 		return
 	}
 	if s.renewAt.IsZero() {
 		s.renewAt = s.now
-		if !peerDeaf { // otherwise nothing that begins at the other end is heard
+		if !lost { // otherwise nothing that begins at the other end is heard
 			s.renewAt = s.now.Add(RenewAfter)
 			if s.tunnel.config.Role == Client {
 				s.renewAt = s.renewAt.Add(time.Second)
@@ -130,15 +98,27 @@ func (s *KeyRotationScheduler) peerDeaf() bool {
 		s.now.Sub(s.handshakeAt) < SessionLife-nearlyDead && s.now.Sub(s.received) >= TryingAfter
 }
 
+// peerPutBack says that the peer, the same process as before, is behind what it
+// said before: its machine was put back to a snapshot of it running, and knows
+// the session no more that counts as alive here. WireGuard would find that out
+// when it has heard nothing for 15 s.
+func (s *KeyRotationScheduler) peerPutBack() bool {
+	return s.peerBack && s.tunnel.linked && s.peer != nil && s.installed != nil && !s.differs() && s.alive && !s.gone()
+}
+
 // renewed ends an operation of W3.
 func (s *KeyRotationScheduler) renewed(err error) {
+	why := "no handshake succeeds, for a clock has gone back"
+	if s.peerBack {
+		why = "the other end went back to an earlier state"
+	}
 	s.renewAt, s.notRenewed = time.Time{}, s.now.Add(renewRetry)
 	if err != nil {
 		s.failedTo("remove the peer from WireGuard and add it again: " + err.Error())
 		return
 	}
-	s.alive = false
+	s.alive, s.peerBack = false, false
 	s.highest = s.wall()
 	s.probeAt, s.helpAt = s.now, s.now.Add(helpEvery)
-	s.note(NoteRenewed, none, "no handshake succeeds, for a clock has gone back: the peer was removed from WireGuard and added again")
+	s.note(NoteRenewed, none, why+": the peer was removed from WireGuard and added again")
 }

@@ -61,6 +61,8 @@ type KeyRotationScheduler struct {
 	peer      *wire.Report // its newest, of this session
 	early     *wire.Report // of a session that the KeyGenerator has not adopted yet
 	peerSeq   uint64
+	peerHigh  uint64 // the highest of its boot, of any session
+	peerBack  bool   // it went below that since the last handshake
 	seq       uint64
 	heard     time.Time
 	attempt   uint32
@@ -84,9 +86,7 @@ type KeyRotationScheduler struct {
 	helpAt        time.Time // no further probe for the peer's sake before
 	renewAt       time.Time // zero: no renewal is due
 	inside        bool      // the last link ran inside the tunnel, or the first one will
-	knockAt       time.Time // zero: nothing to knock for
-	knocked       time.Time // the last knock
-	lostAt        time.Time // since when there has been no link
+	knocks        knocks
 	notRenewed    time.Time // no renewal before
 	rotate        bool
 	restores      int
@@ -236,9 +236,9 @@ func (s *KeyRotationScheduler) advance() {
 	s.restore()
 	s.compare()
 	s.lead()
+	s.knock()
 	s.hunt()
 	s.help()
-	s.knock()
 	s.renew()
 	if s.due(s.probeAt) {
 		s.probeAt = time.Time{}
@@ -254,6 +254,7 @@ func (s *KeyRotationScheduler) newSession() {
 	s.session = t.session
 	if t.peerBoot != s.peerBoot {
 		s.peerBoot, s.peerNew = t.peerBoot, true // or this end was, and cannot tell
+		s.peerHigh, s.peerBack = 0, false
 	}
 	s.peer, s.peerSeq, s.differsSince = nil, 0, time.Time{}
 	s.reportNow = true
@@ -366,7 +367,10 @@ func (s *KeyRotationScheduler) reported(m *wire.Report) {
 		return // overtaken
 	}
 	t := s.tunnel
-	s.peer, s.peerSeq = m, m.Seq
+	if m.Seq <= s.peerHigh {
+		s.peerBack, s.peerHigh = true, 0
+	}
+	s.peer, s.peerSeq, s.peerHigh = m, m.Seq, max(s.peerHigh, m.Seq)
 	in := s.installed
 	if in != nil && s.op == nil && !m.Blocked && m.Installed.Fingerprint == in.print && !m.Missing {
 		s.agree(in)

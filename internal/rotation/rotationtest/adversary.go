@@ -51,6 +51,8 @@ const (
 	PowerServer              //
 	SnapshotClient           // taken now, and restored at the fault's end
 	SnapshotServer           //
+	LiveClient               // a snapshot of the running machine, put back at the fault's end
+	LiveServer               //
 	Faults                   // how many there are
 )
 
@@ -63,6 +65,7 @@ var faultNames = [...]string{
 	"handshake by server", "link reset", "server's clock jumps",
 	"client's journal is in doubt", "server's journal is in doubt", "client's device is in doubt", "server's device is in doubt",
 	"client sleeps", "server sleeps", "client's power cut", "server's power cut", "snapshot of client", "snapshot of server",
+	"snapshot of running client", "snapshot of running server",
 }
 
 func (f Fault) String() string { return faultNames[f] }
@@ -169,6 +172,8 @@ func (w *World) Strike(a Act) {
 		end(e.Start)
 	case SnapshotClient, SnapshotServer:
 		end(w.Ends[a.Fault-SnapshotClient].Snapshot())
+	case LiveClient, LiveServer:
+		end(w.Ends[a.Fault-LiveClient].Live())
 	case RotateNow:
 		w.Ends[Client].Rotate()
 	case HandshakeA, HandshakeB:

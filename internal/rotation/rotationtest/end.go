@@ -34,6 +34,8 @@ type End struct {
 
 	journal  *rotation.Journal // on "disk"
 	recorded *rotation.Entry   // the PSK found at the first start, in the state directory
+	seq      uint64            // of the last report or committed
+	behind   uint64            // by how much it is less than the rotator's, after Live
 	original *psk.Key          // what the host's own configuration sets after a reboot
 	device   device
 
@@ -67,6 +69,7 @@ func (e *End) Start() {
 	e.up = true
 	e.life++
 	e.Notes = map[rotation.NoteKind]int{}
+	e.seq, e.behind = 0, 0
 	role := rotation.Client
 	if e.index == Server {
 		role = rotation.Server
@@ -218,6 +221,49 @@ func (e *End) Snapshot() (restore func()) {
 		e.last = 0
 		e.Start()
 	}
+}
+
+// Live takes a snapshot of the machine as it runs. It returns what puts it back to
+// that: WireGuard has the session of then, which the other end may have given up,
+// and what the rotator says has the numbers of then. The rotator's own state cannot
+// be put back here, nor the PSK, which has to go with it.
+func (e *End) Live() (restore func()) {
+	w := e.world
+	then, taken, seq := e.device, w.Now, e.seq
+	return func() {
+		w.trace("%s: goes back to a snapshot of it running", names[e.index])
+		d := &e.device
+		then.psk, then.life, then.attempts = d.psk, d.life+1, d.attempts
+		then.trying, then.pending, then.unheard = 0, 0, time.Time{}
+		if s := then.session; s != nil && s != d.session {
+			then.session = &session{initiator: s.initiator, birth: s.birth.Add(w.Now.Sub(taken))}
+			then.session.known[e.index] = true
+			if d.session != nil {
+				d.session.known[e.index] = false
+			}
+		}
+		*d = then
+		e.behind += e.seq - seq
+		e.seq = seq
+		w.Link.drop(w)
+	}
+}
+
+// behindhand is a message with the number that it has after Live's restore.
+func (e *End) behindhand(m wire.Message) wire.Message {
+	switch m := m.(type) {
+	case *wire.Report:
+		c := *m
+		c.Seq -= e.behind
+		e.seq = c.Seq
+		return &c
+	case *wire.Committed:
+		c := *m
+		c.Seq -= e.behind
+		e.seq = c.Seq
+		return &c
+	}
+	return m
 }
 
 // Sleep suspends the machine until wake: its monotonic clock stands still, and

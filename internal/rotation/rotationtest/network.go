@@ -34,6 +34,7 @@ func (l *Link) send(w *World, from int, m wire.Message) {
 	if !l.up[from] {
 		return
 	}
+	m = w.Ends[from].behindhand(m)
 	b, err := wire.Encode(m)
 	if err != nil {
 		w.fail("%s: %v", names[from], err)
