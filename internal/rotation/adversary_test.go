@@ -95,17 +95,17 @@ var steps, worlds atomic.Int64
 // recovered says what has not come back in time after the adversary stopped.
 func recovered(bound time.Duration) func(*rotationtest.World) string {
 	return func(w *rotationtest.World) string {
-		bound := bound
+		bound, step := bound, 30*time.Second
 		for _, e := range w.Ends {
 			if e.View().Foreign > 1 {
-				bound += time.Minute // the backoff against another tool
+				bound, step = bound+time.Minute, step+time.Minute // the backoff against another tool
 			}
 		}
 		if !w.Until(bound, w.Reachable) {
 			return fmt.Sprintf("the tunnel does not work %v after the last fault", bound)
 		}
-		if !w.Until(30*time.Second, w.InStep) {
-			return "the ends are not in step 30s after the tunnel came back"
+		if !w.Until(step, w.InStep) {
+			return fmt.Sprintf("the ends are not in step %v after the tunnel came back", step)
 		}
 		before := w.Confirmed()
 		if !w.Until(w.MaxKeyAge/2+10*time.Minute, func() bool { return w.Confirmed() > before }) {

@@ -131,7 +131,7 @@ var mutations = []mutation{
 		{"renew.go", "return s.unheeded() && (!s.tries().IsZero()", "return false && (!s.tries().IsZero()"},
 	}},
 	{"an end that hears nothing of a peer that tries makes it anew", "TestTrace|TestClock", []edit{
-		{"renew.go", "return s.peerTrying() && s.alive &&", "return false && s.peerTrying() && s.alive &&"},
+		{"renew.go", "return s.peerTrying() && s.peer.NoHandshake &&", "return false && s.peerTrying() && s.peer.NoHandshake &&"},
 	}},
 	{"a peer that was put back to a live snapshot is made anew", "TestPutBack", []edit{
 		{"renew.go", "s.peerDeaf() || s.peerPutBack()", "s.peerDeaf()"},

@@ -68,7 +68,7 @@ func (s *KeyRotationScheduler) handshake(previous, o Observed) {
 		return
 	}
 	s.alive, s.handshakeAt, s.born = true, s.now, s.now
-	s.used, s.peerNew, s.peerBack = false, false, false
+	s.used, s.peerBack = false, false
 	s.helpAt, s.received = time.Time{}, s.now
 	// The dump before must have begun after the install, and the handshake be
 	// shown at least 2 s after it: the responder's stamp can be later than

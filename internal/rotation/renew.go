@@ -88,22 +88,26 @@ func (s *KeyRotationScheduler) deaf() bool {
 	return s.unheeded() && (!s.tries().IsZero() || s.hunting || s.peerTrying())
 }
 
-// peerDeaf says that the peer, which was started anew since the last handshake,
-// has no session and tries in vain, while this end takes its own for alive, and
-// so begins no handshake; yet it hears nothing, not even the peer's attempts:
-// WireGuard does not count those that it refuses for their time. The peer's
-// clock went back as its host was started anew.
+// peerDeaf says that the peer has no session and tries in vain, for WireGuard was
+// made anew there, while this end may have one, and so begins no handshake; yet it
+// hears nothing, not even the peer's attempts: WireGuard does not count those that
+// it refuses for their time. The peer's clock has gone back as well.
 func (s *KeyRotationScheduler) peerDeaf() bool {
-	return s.peerTrying() && s.alive && !s.gone() && s.peerNew &&
-		s.now.Sub(s.handshakeAt) < SessionLife-nearlyDead && s.now.Sub(s.received) >= TryingAfter
+	return s.peerTrying() && s.peer.NoHandshake && s.hasSession() && s.now.Sub(s.received) >= TryingAfter
 }
 
 // peerPutBack says that the peer, the same process as before, is behind what it
 // said before: its machine was put back to a snapshot of it running, and knows
-// the session no more that counts as alive here. WireGuard would find that out
-// when it has heard nothing for 15 s.
+// the session no more that this end may have. WireGuard would find that out when
+// it has heard nothing for 15 s.
 func (s *KeyRotationScheduler) peerPutBack() bool {
-	return s.peerBack && s.tunnel.linked && s.peer != nil && s.installed != nil && !s.differs() && s.alive && !s.gone()
+	return s.peerBack && s.tunnel.linked && s.peer != nil && s.installed != nil && !s.differs() && s.hasSession()
+}
+
+// hasSession says that WireGuard may take a session for alive at this end, and
+// for some time yet.
+func (s *KeyRotationScheduler) hasSession() bool {
+	return !s.last.Handshake.IsZero() && s.now.Sub(s.born) < SessionLife-nearlyDead
 }
 
 // renewed ends an operation of W3.

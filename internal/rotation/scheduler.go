@@ -57,7 +57,6 @@ type KeyRotationScheduler struct {
 	// The peer.
 	session   wire.SessionID
 	peerBoot  wire.BootID
-	peerNew   bool         // another boot of it was met since the last handshake
 	peer      *wire.Report // its newest, of this session
 	early     *wire.Report // of a session that the KeyGenerator has not adopted yet
 	peerSeq   uint64
@@ -253,8 +252,7 @@ func (s *KeyRotationScheduler) newSession() {
 	t := s.tunnel
 	s.session = t.session
 	if t.peerBoot != s.peerBoot {
-		s.peerBoot, s.peerNew = t.peerBoot, true // or this end was, and cannot tell
-		s.peerHigh, s.peerBack = 0, false
+		s.peerBoot, s.peerHigh, s.peerBack = t.peerBoot, 0, false
 	}
 	s.peer, s.peerSeq, s.differsSince = nil, 0, time.Time{}
 	s.reportNow = true
@@ -309,7 +307,8 @@ func (s *KeyRotationScheduler) report() {
 	s.seq++
 	m := &wire.Report{
 		Session: s.session, Seq: s.seq, Interval: t.config.Heartbeat,
-		Blocked: s.blocked, Missing: !s.ready || s.absent > 1, Trying: trying, Confirmed: s.journaled, Held: limit(s.held()),
+		Blocked: s.blocked, Missing: !s.ready || s.absent > 1, Trying: trying, NoHandshake: s.last.Handshake.IsZero(),
+		Confirmed: s.journaled, Held: limit(s.held()),
 	}
 	if s.installed != nil {
 		m.Installed, m.Seen = s.installed.name(), s.installed.seen

@@ -261,6 +261,7 @@ func (m *Report) fields(c *coder) {
 	c.bool("blocked", &m.Blocked)
 	c.bool("missing", &m.Missing)
 	c.bool("trying", &m.Trying)
+	c.bool("no handshake", &m.NoHandshake)
 	c.bool("seen", &m.Seen)
 	c.u64("confirmed", &m.Confirmed)
 	c.names("held", &m.Held)

@@ -10,7 +10,7 @@ import (
 )
 
 // Version is the version of the protocol that this package encodes.
-const Version = 2
+const Version = 3
 
 // Limits of the encoding. A message that breaks one is refused by Decode and
 // cannot be made by Encode.
@@ -195,9 +195,11 @@ type Report struct {
 	Blocked   bool          // a random PSK closes the tunnel
 	Missing   bool          // WireGuard does not know the peer: nothing can be set here
 	Trying    bool          // no live session here, and handshakes are tried without success
-	Seen      bool          // a later handshake was observed under Installed
-	Confirmed uint64        // highest confirmed serial in this end's journal
-	Held      []Named       // a set
+	// WireGuard has had no handshake with the peer since it was made.
+	NoHandshake bool
+	Seen        bool    // a later handshake was observed under Installed
+	Confirmed   uint64  // highest confirmed serial in this end's journal
+	Held        []Named // a set
 }
 
 // Bye says that the sender stops on purpose.

@@ -62,7 +62,7 @@ func samples() []Message {
 		&Committed{Session: session, Attempt: 5, Seq: 77, Key: key(7, 0xa1)},
 		&Refused{Session: session, Attempt: 5, Key: key(7, 0xa1), Reason: ReasonNotYet},
 		&Report{Session: session, Seq: 78, Interval: 2 * time.Second, Installed: key(7, 0xa1),
-			Blocked: true, Missing: true, Trying: true, Seen: true, Confirmed: 7, Held: []Named{key(7, 0xa1), key(8, 0xc0)}},
+			Blocked: true, Missing: true, Trying: true, NoHandshake: true, Seen: true, Confirmed: 7, Held: []Named{key(7, 0xa1), key(8, 0xc0)}},
 		&Bye{Session: session, Reason: "stopped by the operator"},
 
 		&Init{Parameters: bare},

@@ -162,7 +162,7 @@ func (m *Report) String() string {
 	for _, flag := range []struct {
 		set  bool
 		name string
-	}{{m.Blocked, "blocked"}, {m.Missing, "missing"}, {m.Trying, "trying"}, {m.Seen, "seen"}} {
+	}{{m.Blocked, "blocked"}, {m.Missing, "missing"}, {m.Trying, "trying"}, {m.NoHandshake, "no handshake"}, {m.Seen, "seen"}} {
 		if flag.set {
 			s += " " + flag.name
 		}

@@ -136,7 +136,7 @@ func refused(t *testing.T) []refusal {
 		{encoded(t, refuse, afterSession+4+24, 0), "refused: reason: 0 is unknown"},
 		{encoded(t, refuse, afterSession+4+24, 7), "refused: reason: 7 is unknown"},
 		{encoded(t, report, afterSession+8+4+24, 2), "report: blocked: 2 is neither 0 nor 1"},
-		{encoded(t, &Report{}, afterSession+8+4+24+4+8, 65), "report: held: 65 of them, at most 64 allowed"},
+		{encoded(t, &Report{}, afterSession+8+4+24+5+8, 65), "report: held: 65 of them, at most 64 allowed"},
 		{encoded(t, two, 0)[:keyID+2+1+1+1+8], "propose: held 2: 8 bytes missing"},
 		{encoded(t, two, keyID+2+1+1+1+8, []byte{0, 0, 0, 0, 0, 0, 0, 1}...), "propose: held 2: does not rise above the one before"},
 		{encoded(t, two, keyID+2+1+1+1+8, []byte{0, 0, 0, 0, 0, 0, 0, 0}...), "propose: held 2: does not rise above the one before"},
@@ -177,7 +177,7 @@ func TestDecodeRefuses(t *testing.T) {
 func TestOtherVersion(t *testing.T) {
 	for _, b := range [][]byte{
 		{byte(kindInit), 0, 1},
-		{byte(kindInit), 0, 3, 0xff, 0xff},
+		{byte(kindInit), 0, Version + 1, 0xff, 0xff},
 		{byte(kindAck), 0x01, 0x01},
 		{byte(kindAck), 0, 0},
 	} {
@@ -188,7 +188,7 @@ func TestOtherVersion(t *testing.T) {
 		}
 	}
 	_, err := Decode([]byte{byte(kindAck), 0, 7})
-	if want := "ack: protocol version 7, this end speaks 2"; err.Error() != want {
+	if want := "ack: protocol version 7, this end speaks 3"; err.Error() != want {
 		t.Errorf("got %q, want %q", err, want)
 	}
 	if _, err := Encode(&Init{}); err == nil {
@@ -227,7 +227,7 @@ func TestEncodeRefuses(t *testing.T) {
 		{&Refused{}, "refused: reason: 0 is unknown"},
 		{p(func(p *Parameters) { p.KEMs = []string{"ok", long[:MaxName+1]} }), "init: kems 2: 65 bytes, at most 64 allowed"},
 		{p(func(p *Parameters) { p.SAE = "\x1b[31m" }), "init: sae: text holds the control character U+001B"},
-		{p(func(p *Parameters) { p.Version = 1 }), "init: protocol version 1, this end speaks 2"},
+		{p(func(p *Parameters) { p.Version = 1 }), "init: protocol version 1, this end speaks 3"},
 		{&Ack{Parameters: Parameters{Version: Version}, Differences: []Difference{{}, {Client: "\n"}}}, "ack: differences 2 client: text holds the control character U+000A"},
 		{&Ack{Parameters: Parameters{Version: Version}, Differences: make([]Difference, 33)}, "ack: differences: 33 of them, at most 32 allowed"},
 	} {
@@ -384,7 +384,7 @@ func TestStrings(t *testing.T) {
 		{&Committed{Key: key(7, 0xa1)}, "committed 7 a1a2a3a4"},
 		{every()[9], "refused 7 a1a2a3a4: not yet"},
 		{&Report{Installed: key(7, 0xa1), Seen: true, Confirmed: 7, Held: []Named{key(7, 1), key(8, 1)}}, "report installed 7 a1a2a3a4 seen confirmed 7 held 7,8"},
-		{&Report{Blocked: true, Trying: true}, "report installed none blocked trying confirmed 0"},
+		{&Report{Blocked: true, Trying: true, NoHandshake: true}, "report installed none blocked trying no handshake confirmed 0"},
 		{every()[11], "bye: stopped by the operator"},
 		{Sources(0), "none"},
 		{Named{}, "none"},

@@ -383,6 +383,7 @@ func (w *World) data(e *End, ping bool) {
 		d.unheard = w.Now
 		w.after(15*time.Second, func() {
 			if e.device.life == life && e.device.unheard.Equal(w.Now.Add(-15*time.Second)) && !e.Gone && !e.asleep {
+				e.device.unheard = time.Time{} // the next packet sets the timer again
 				w.initiate(e)
 			}
 		})
