@@ -286,3 +286,15 @@ func (l *lab) confirmedAtMost() uint64 {
 	}
 	return ConfirmedAtMost(a, b)
 }
+
+// confirmedSince returns nil when an end has confirmed a newer key than serial.
+func (l *lab) confirmedSince(serial uint64) error {
+	a, b, err := l.views()
+	if err != nil {
+		return err
+	}
+	if n := ConfirmedAtMost(a, b); n <= serial {
+		return fmt.Errorf("no key was confirmed since: %d then, %d now", serial, n)
+	}
+	return nil
+}
