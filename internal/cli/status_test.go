@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -239,11 +240,16 @@ func TestRunningRotator(t *testing.T) {
 	if d := cmp.Diff(live.status, got); d != "" {
 		t.Errorf("status --json (-want +got):\n%s", d)
 	}
-	for _, args := range [][]string{{"rotate", "wg0"}, {"rotate", "wg0", "lisbon"}} {
-		if _, errOut, code := keyturn(t, d, args...); code != exitOK {
-			t.Errorf("%v: exit code %d: %s", args, code, errOut)
+	for peer, want := range map[string]string{
+		"":       "wg0: asked to rotate all peers at the next window\n",
+		"lisbon": "wg0: asked to rotate lisbon at the next window\n",
+	} {
+		args := strings.Fields("rotate wg0 " + peer)
+		if out, errOut, code := keyturn(t, d, args...); code != exitOK || out != want {
+			t.Errorf("%v: exit code %d: %s%s", args, code, out, errOut)
 		}
 	}
+	slices.Sort(live.peers)
 	if diff := cmp.Diff([]string{"", "lisbon"}, live.peers); diff != "" {
 		t.Errorf("rotated: %s", diff)
 	}

@@ -214,10 +214,11 @@ func newRotate(d *dirs) *cobra.Command {
 		Short: "Rotate at the next window",
 		Long: `Ask the rotator of INTERFACE for the next key of PEER, or of all peers, at the
 next window: within seconds after the tunnel's next handshake, which under
-traffic comes about every two minutes. rotate does not wait for that; see
-"keyturn status". While a session lives a key is never set outside the window,
-also not by this command: that is what keeps a rotation from losing packets. A
-tunnel without a live session gets the next key at once, and is probed.`,
+traffic comes about every two minutes. rotate says that it asked, and does not
+wait; see "keyturn status". While a session lives a key is never set outside the
+window, also not by this command: that is what keeps a rotation from losing
+packets. A tunnel without a live session gets the next key at once, and is
+probed.`,
 		Args:              exactly("INTERFACE", "[PEER]"),
 		ValidArgsFunction: d.interfaces,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -225,9 +226,9 @@ tunnel without a live session gets the next key at once, and is probed.`,
 			if err != nil {
 				return err
 			}
-			peer := ""
+			peer, asked := "", "all peers"
 			if len(args) == 2 {
-				peer = args[1]
+				peer, asked = args[1], args[1]
 			}
 			err = d.client(e.Interface).Rotate(cmd.Context(), peer)
 			switch {
@@ -238,7 +239,8 @@ tunnel without a live session gets the next key at once, and is probed.`,
 			case err != nil:
 				return fmt.Errorf("%s: %w", e.Interface, err)
 			}
-			return nil
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: asked to rotate %s at the next window\n", e.Interface, asked)
+			return err
 		},
 	}
 }
