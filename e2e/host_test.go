@@ -125,7 +125,7 @@ func (l *lab) collectLogs() {
 				}
 				return err
 			})
-			if err != nil {
+			if err != nil && !errors.Is(err, fs.ErrNotExist) { // rm takes the last one's along
 				l.t.Error(err)
 			}
 		}

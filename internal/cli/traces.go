@@ -1,9 +1,11 @@
 package cli
 
 import (
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 
 	"keyturn/internal/config"
 	"keyturn/internal/control"
@@ -61,6 +63,23 @@ func (t *traces) remove(lock *registry.Lock) {
 func removeAll(paths []string) {
 	for _, path := range paths {
 		os.Remove(path)
+	}
+}
+
+// removeUnused removes the directories of all rotators, of which there may have
+// been only one. A directory that is not private to this user was not made by
+// keyturn, and stays.
+func (d *dirs) removeUnused() {
+	for _, dir := range []string{d.run, d.state, d.log} {
+		info, err := os.Lstat(dir)
+		if err != nil {
+			continue
+		}
+		owner, ok := info.Sys().(*syscall.Stat_t)
+		private := info.Mode() == fs.ModeDir|0o700 || info.Mode() == fs.ModeDir|0o750 // of logs
+		if ok && private && int64(owner.Uid) == int64(os.Geteuid()) {
+			os.Remove(dir) // which fails where anything is in it
+		}
 	}
 }
 

@@ -130,3 +130,40 @@ func TestCrashed(t *testing.T) {
 		t.Errorf("got %q", b.String())
 	}
 }
+
+// TestForgetDirectories: with the last rotator go the directories that keyturn
+// made, and no others.
+func TestForgetDirectories(t *testing.T) {
+	root := t.TempDir()
+	d := &dirs{run: root + "/run", state: root + "/state", log: root + "/log"}
+	comesAndGoes := func(iface string) {
+		t.Helper()
+		e := registry.Entry{Interface: iface, Config: "/nowhere.yaml"}
+		if err := d.registry().Put(e); err != nil {
+			t.Fatal(err)
+		}
+		if err := bringUp(t, d, iface, daemon.JournalDir(d.run, iface)).Release(); err != nil {
+			t.Fatal(err)
+		}
+		if out, errOut, code := keyturn(t, d, "rm", iface); code != exitOK || out != iface+": removed\n" {
+			t.Fatalf("exit code %d: %s%s", code, out, errOut)
+		}
+	}
+	comesAndGoes("wg0")
+	if diff := cmp.Diff([]string{""}, tree(t, root)); diff != "" {
+		t.Errorf("of the only rotator stays (-want +got):\n%s", diff)
+	}
+
+	if err := errors.Join(os.Mkdir(d.state, 0o755), os.Chmod(d.state, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	bringUp(t, d, "wg1", daemon.JournalDir(d.run, "wg1")).Release()
+	if err := errors.Join(os.Remove(logfile.Path(d.log, "wg1")), os.Remove(daemon.InitialDir(d.state, "wg1"))); err != nil {
+		t.Fatal(err)
+	}
+	comesAndGoes("wg0")
+	want := []string{"", "/run", "/run/wg1.journal", "/run/wg1.lock", "/state"}
+	if diff := cmp.Diff(want, tree(t, root)); diff != "" {
+		t.Errorf("beside another and in a directory of another (-want +got):\n%s", diff)
+	}
+}

@@ -151,8 +151,8 @@ func newRm(d *dirs) *cobra.Command {
 		Short: "Stop a rotator and forget it",
 		Long: `Stop the rotator of INTERFACE if it runs, and remove what keyturn keeps of it
 on this host: the registry's entry, the journals, the recorded initial
-pre-shared keys, and the log. The configuration, the identity, the interface and
-its pre-shared keys stay.
+pre-shared keys, the log, and the directories of these, once they are empty. The
+configuration, the identity, the interface and its pre-shared keys stay.
 
 Without its journal a rotator knows none of the keys that it installed. The
 tunnels go on, and the next "keyturn up CONFIG" begins anew.`,
@@ -172,6 +172,7 @@ tunnels go on, and the next "keyturn up CONFIG" begins anew.`,
 			if err := d.forget(e); err != nil {
 				return err
 			}
+			d.removeUnused()
 			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: removed\n", e.Interface)
 			return err
 		},
