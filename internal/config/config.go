@@ -171,7 +171,7 @@ type Peer struct {
 	Address string
 
 	// SAE is the ID of the peer's SAE in the QKD network: 1 to 256 bytes of
-	// printable text. Required with a KMS.
+	// printable text. Required with a KMS; without one it means nothing.
 	SAE string
 
 	// Role says who starts everything: client or server. The other end must

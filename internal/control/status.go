@@ -36,7 +36,7 @@ type PeerStatus struct {
 	PublicKey string `json:"public_key"`         // WireGuard public key of the peer
 	Role      string `json:"role"`               // of this rotator towards the peer: client or server
 	SAE       string `json:"sae,omitempty"`      // own SAE ID; none without QKD
-	PeerSAE   string `json:"peer_sae,omitempty"` // the peer's
+	PeerSAE   string `json:"peer_sae,omitempty"` // the peer's; likewise
 
 	State PeerState `json:"state"`
 	// Protected: the tunnel is under a key that both ends have confirmed and

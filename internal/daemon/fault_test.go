@@ -167,6 +167,26 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+// TestSAEWithoutKMS: the SAE ID of a peer means nothing without a KMS, and so
+// keeps nobody from agreeing.
+func TestSAEWithoutKMS(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, stop := start(t, options{peer: func(end int, p *config.Peer) {
+			p.KMS, p.KEMs = nil, []string{"ML-KEM-768"}
+			if end == 1 {
+				p.SAE = ""
+			}
+		}})
+		time.Sleep(10 * time.Minute)
+		for end := range 2 {
+			if p := s.peer(end); !p.Protected || p.SAE != "" || p.PeerSAE != "" {
+				t.Errorf("end %d: %s, sae %q and %q, %+v", end, p.State, p.SAE, p.PeerSAE, p.Differences)
+			}
+		}
+		stop()
+	})
+}
+
 // TestTwoServers: neither end dials, and both name the reason as soon as one of
 // them has the other's address. When one is client at last, nothing is left of it.
 func TestTwoServers(t *testing.T) {

@@ -136,10 +136,11 @@ func (r *Rotator) newPeer(c *config.Peer, now wg.Peer) (*peer, error) {
 	for _, id := range c.Identities {
 		p.pins = append(p.pins, id)
 	}
+	sae, peerSAE := saes(c)
 	conf := rotation.Config{
 		Role: rotation.Server,
 		Parameters: wire.Parameters{
-			Version: wire.Version, SAE: ownSAE(c), PeerSAE: c.SAE, PublicKey: r.publicKey, PeerPublicKey: c.PublicKey,
+			Version: wire.Version, SAE: sae, PeerSAE: peerSAE, PublicKey: r.publicKey, PeerPublicKey: c.PublicKey,
 			QKD: c.KMS != nil, KEMs: c.KEMs, Require: uint8(requires[c.Require]), Combiner: uint8(combiner),
 			Buffer: uint16(c.Buffer), Window: c.Window,
 		},
@@ -189,12 +190,13 @@ var requires = map[config.Require]rotation.Require{
 	config.RequirePQC: rotation.RequirePQC, config.RequireAny: rotation.RequireAny,
 }
 
-// ownSAE is under which ID our KMS knows us.
-func ownSAE(c *config.Peer) string {
+// saes are under which IDs our KMS knows us and the peer. Without a KMS there
+// are none, also where the configuration names the peer's.
+func saes(c *config.Peer) (own, peer string) {
 	if c.KMS == nil {
-		return ""
+		return "", ""
 	}
-	return c.KMS.SAE
+	return c.KMS.SAE, c.SAE
 }
 
 // Run runs the rotator until ctx ends, then says goodbye to the peers.

@@ -51,8 +51,9 @@ func (p *peer) status() control.PeerStatus {
 	defer p.connMu.Unlock()
 
 	c := p.config
+	sae, peerSAE := saes(c)
 	s := control.PeerStatus{
-		Name: c.Name, PublicKey: p.key.String(), Role: p.role.String(), SAE: ownSAE(c), PeerSAE: c.SAE,
+		Name: c.Name, PublicKey: p.key.String(), Role: p.role.String(), SAE: sae, PeerSAE: peerSAE,
 		State: states[v.State], Protected: v.Protected, Rotations: v.Rotations, LastRotation: v.LastRotation,
 		// A server holds the key that the client has pulled as well.
 		Buffer: control.Buffer{Len: min(length, capacity), Cap: capacity}, Differences: []control.Difference{}, Warnings: []control.Warning{},
