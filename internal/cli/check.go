@@ -48,6 +48,7 @@ Exit code 1: the configuration is wrong. Exit code 3: something else is.`,
 			if err != nil {
 				return err
 			}
+			warnIgnored(cmd.ErrOrStderr(), c)
 			r := newResults(c)
 			d.check(cmd.Context(), c, r)
 			if err := writeTable(cmd.OutOrStdout(), r.rows()); err != nil {

@@ -4,7 +4,8 @@
 // What goes wrong is said on standard error by one rule: first whatever has a
 // form of its own (the problems of a configuration), then one line "error: "
 // with what could not be done and why, then for each thing that the user can
-// do about it one line "hint: ". Lines "warning: " change no exit code.
+// do about it one line "hint: ". What begins with "warning: " changes no exit
+// code.
 package cli
 
 import (
@@ -118,6 +119,13 @@ func report(w io.Writer, err error) {
 	_, _ = fmt.Fprintln(w, "error:", printable(err.Error()))
 	for _, hint := range hintsOf(err) {
 		_, _ = fmt.Fprintln(w, "hint:", printable(hint))
+	}
+}
+
+// warnIgnored tells of a configuration's values that have no effect.
+func warnIgnored(w io.Writer, c *config.Config) {
+	for _, p := range c.Ignored() {
+		_, _ = fmt.Fprintf(w, "warning: %v\n", p)
 	}
 }
 

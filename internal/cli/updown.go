@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -37,7 +38,7 @@ An argument with a slash, or that ends in .yaml or .yml, is a file.`,
 		Args:              exactly("CONFIG|INTERFACE"),
 		ValidArgsFunction: d.configs,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			iface, err := d.up(cmd.Context(), args[0])
+			iface, err := d.up(cmd.Context(), args[0], cmd.ErrOrStderr())
 			if err != nil {
 				return err
 			}
@@ -47,7 +48,7 @@ An argument with a slash, or that ends in .yaml or .yml, is a file.`,
 	}
 }
 
-func (d *dirs) up(ctx context.Context, arg string) (iface string, err error) {
+func (d *dirs) up(ctx context.Context, arg string, warnings io.Writer) (iface string, err error) {
 	if err := d.absolute(); err != nil {
 		return "", err
 	}
@@ -59,6 +60,7 @@ func (d *dirs) up(ctx context.Context, arg string) (iface string, err error) {
 	if err != nil {
 		return "", err
 	}
+	warnIgnored(warnings, c)
 	abs, err := filepath.Abs(path)
 	if err != nil {
 		return "", err

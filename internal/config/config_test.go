@@ -118,6 +118,9 @@ func TestExample(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if ps := c.Ignored(); len(ps) != 0 {
+		t.Errorf("of no effect in it: %v", ps)
+	}
 	// What is commented out as "# key: value" is the default; where it is not
 	// (a key that another one excludes, a block), the line is left alone.
 	skip := []string{"dialect:", "journal:", "kms:", "pin:", "role:", "server_name:"}

@@ -18,6 +18,18 @@ func (p *Peer) problem(key, hint, format string, args ...any) Problem {
 	return p.source.problem(at, hint, fmt.Sprintf(format, args...), asItIs)
 }
 
+// Ignored names, in the order of the file, the values that have no effect. They
+// are no mistakes.
+func (c *Config) Ignored() Problems {
+	var ps Problems
+	for _, p := range c.Peers {
+		if p.KMS == nil && p.SAE != "" {
+			ps = append(ps, p.problem("sae", "leave it out, or add a kms block", "sae: has no effect on a peer without a kms"))
+		}
+	}
+	return ps
+}
+
 func (p *Peer) noAddress() Problem {
 	return p.problem("role", "add the host:port at which the peer's rotator listens, or make this end the server",
 		"the client of peer %s has no address to dial", quote(p.Name))
