@@ -79,6 +79,22 @@ func (c *Client) Down(ctx context.Context) error {
 	return nil
 }
 
+// hangUp is a connection that ended before the answer, in words.
+type hangUp struct{ cause error }
+
+func (hangUp) Error() string {
+	return "the rotator closed the connection before the end of its answer; it may just have ended"
+}
+
+func (e hangUp) Unwrap() error { return e.cause }
+
+func inWords(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) {
+		return hangUp{err}
+	}
+	return err
+}
+
 func (c *Client) do(ctx context.Context, method, path string, body []byte) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, method, "http://keyturn"+path, bytes.NewReader(body))
 	if err != nil {
@@ -89,12 +105,12 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte) ([]by
 		return nil, ErrNotRunning
 	}
 	if err != nil {
-		return nil, errors.Unwrap(err) // of url.Error: method and URL say nothing here
+		return nil, inWords(errors.Unwrap(err)) // of url.Error: method and URL say nothing here
 	}
 	defer resp.Body.Close()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	if err != nil {
-		return nil, err
+		return nil, inWords(err)
 	}
 	if len(b) > maxAnswer {
 		return nil, fmt.Errorf("answer is longer than %d bytes", maxAnswer)

@@ -293,6 +293,7 @@ func TestHostileAnswers(t *testing.T) {
 		"not JSON": "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
 		"bad time": "HTTP/1.1 200 OK\r\nContent-Length: 22\r\n\r\n{\"started_at\":\"today\"}",
 		"refused":  forbidden,
+		"half":     "HTTP/1.1 200 OK\r\nContent-Length: 22\r\n\r\n{",
 		"nothing":  "",
 	} {
 		path := filepath.Join(t.TempDir(), "s")
@@ -311,6 +312,8 @@ func TestHostileAnswers(t *testing.T) {
 		}()
 		if s, err := NewClient(path).Status(t.Context()); err == nil {
 			t.Errorf("%s: taken for a status: %+v", name, s)
+		} else if ended := name == "half" || name == "nothing"; ended != strings.Contains(err.Error(), "the rotator closed the connection") {
+			t.Errorf("%s: %v", name, err)
 		}
 		l.Close()
 	}

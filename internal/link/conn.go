@@ -111,8 +111,8 @@ func (c *Conn) writeBatch(b []byte) error {
 // Receive returns the next frame, whose bytes are the caller's. It fails with
 // ErrSilent when no frame begins within the limit of SetSilence or when one
 // that began is not complete within five seconds, with ErrFrame when one is
-// announced that is empty or too long, and with io.EOF when the other end
-// closed the connection between two frames. Frames that were queued here when
+// announced that is empty or too long, and with what is io.EOF to errors.Is
+// when the other end closed the connection between two frames. Frames that were queued here when
 // Close was called are lost.
 func (c *Conn) Receive() ([]byte, error) {
 	if err := c.await(); err != nil {
@@ -164,7 +164,7 @@ func (c *Conn) readFailed(err error) error {
 			err = fmt.Errorf("%w for %v", ErrSilent, c.silence)
 		}
 	}
-	c.failLocked(err)
+	c.failLocked(inWords(err))
 	return c.cause
 }
 
@@ -259,6 +259,27 @@ func readFrame(r io.Reader, begun func()) ([]byte, error) {
 		return nil, unexpected(err)
 	}
 	return b, nil
+}
+
+// hangUp is an end of the input, in words.
+type hangUp struct {
+	text  string
+	cause error // io.EOF or io.ErrUnexpectedEOF
+}
+
+func (e hangUp) Error() string { return e.text }
+
+func (e hangUp) Unwrap() error { return e.cause }
+
+// inWords says what an end of the input means.
+func inWords(err error) error {
+	switch {
+	case errors.Is(err, io.EOF):
+		return hangUp{"other end closed the connection", io.EOF}
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		return hangUp{"other end closed the connection in the middle of a message", io.ErrUnexpectedEOF}
+	}
+	return err
 }
 
 func unexpected(err error) error {

@@ -84,6 +84,7 @@ func TestReceiveHalfFrame(t *testing.T) {
 				}()
 				_, err := srv.Receive()
 				wantIs(t, err, io.ErrUnexpectedEOF)
+				wantSaid(t, err, "other end closed the connection in the middle of a message")
 			})
 		})
 	}
@@ -239,6 +240,7 @@ func TestCloseSendsWhatIsQueued(t *testing.T) {
 		}
 		_, err := srv.Receive()
 		wantIs(t, err, io.EOF)
+		wantSaid(t, err, "other end closed the connection")
 		synctest.Wait()
 		wantIs(t, client.Send([]byte("x")), net.ErrClosed)
 		_, err = client.Receive()

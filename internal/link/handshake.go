@@ -112,6 +112,9 @@ func establish(ctx context.Context, raw net.Conn, handshake func(*metered) (*tls
 // and holds the server to it.
 func clientHandshake(c *tls.Conn, self *Identity, pins Pins) (*tls.Conn, Fingerprint, error) {
 	s, peerKey, claim, err := handshakeTLS(c)
+	if errors.Is(err, io.EOF) {
+		err = fmt.Errorf("%w; it may be no rotator, or have too many connections", err)
+	}
 	if err != nil {
 		return nil, Fingerprint{}, err
 	}
@@ -147,6 +150,9 @@ func serverHandshake(c *tls.Conn, self *Identity, known func(Fingerprint) bool) 
 		return nil, Fingerprint{}, err
 	}
 	p, err := receiveProof(c)
+	if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) {
+		err = errLeft
+	}
 	if err != nil {
 		return nil, Fingerprint{}, err
 	}
@@ -170,7 +176,7 @@ func serverHandshake(c *tls.Conn, self *Identity, known func(Fingerprint) bool) 
 // where it claims none).
 func handshakeTLS(c *tls.Conn) (*statement, ed25519.PublicKey, Fingerprint, error) {
 	fail := func(err error) (*statement, ed25519.PublicKey, Fingerprint, error) {
-		return nil, nil, Fingerprint{}, fmt.Errorf("tls handshake: %w", err)
+		return nil, nil, Fingerprint{}, fmt.Errorf("tls handshake: %w", inWords(err))
 	}
 	if err := c.Handshake(); err != nil {
 		return fail(err)
@@ -204,7 +210,7 @@ func sendProof(c *tls.Conn, self *Identity, s *statement) error {
 func receiveProof(c *tls.Conn) (*proof, error) {
 	b, err := readFrame(c, func() {})
 	if err != nil {
-		return nil, fmt.Errorf("receive proof: %w", err)
+		return nil, fmt.Errorf("receive proof: %w", inWords(err))
 	}
 	return decodeProof(b)
 }

@@ -153,7 +153,12 @@ func TestServerTurnsAway(t *testing.T) {
 		}), ErrUnknownPeer, "", ErrRefused},
 		{"plain text", withBytes("GET / HTTP/1.1\r\nHost: hub\r\n\r\n"), nil, "does not look like a TLS handshake", nil},
 		{"endless handshake", withBytes(endless), nil, "before a proof of identity", nil},
-		{"nothing", withBytes(""), nil, "", nil},
+		{"nothing", withBytes(""), io.EOF, "tls handshake: other end closed the connection", nil},
+		{"half a record", withBytes(endless[:100]), io.ErrUnexpectedEOF, "closed the connection in the middle of a message", nil},
+		{"no pin for us", func(t *testing.T, h *hub) error {
+			_, err := Dial(t.Context(), h.Addr().String(), h.peer, Pins{testIdentity(t, 9).fingerprint})
+			return err
+		}, errLeft, "it may not know our identity", ErrUnknownPeer},
 		{"TLS 1.2", withTLS(func(_ *testing.T, c *tls.Config) {
 			c.MinVersion, c.MaxVersion, c.CurvePreferences = tls.VersionTLS12, tls.VersionTLS12, nil
 		}), nil, "unsupported versions", nil},
@@ -530,6 +535,24 @@ func TestDialNobody(t *testing.T) {
 	if opErr := new(net.OpError); !errors.As(err, &opErr) {
 		t.Errorf("got error %v, want that of the dial", err)
 	}
+}
+
+// What closes at once is said to do so, and what it may be.
+func TestDialHangUp(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = ln.Close() }()
+	go func() {
+		if c, err := ln.Accept(); err == nil {
+			_, _ = c.Read(make([]byte, maxBeforeIdentity)) // or it would be a reset
+			_ = c.Close()
+		}
+	}()
+	_, err = Dial(t.Context(), ln.Addr().String(), testIdentity(t, 1), Pins{testIdentity(t, 2).fingerprint})
+	wantIs(t, err, io.EOF)
+	wantSaid(t, err, "tls handshake: other end closed the connection; it may be no rotator, or have too many connections")
 }
 
 // The statement is the only thing that ties a proof to its connection, so

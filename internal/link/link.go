@@ -20,6 +20,7 @@ package link
 
 import (
 	"errors"
+	"io"
 	"time"
 )
 
@@ -70,6 +71,10 @@ var (
 	// ErrRefused means that the server closed the connection on seeing the
 	// client's proof. It never says why; most often it does not know the client.
 	ErrRefused = errors.New("server closed the connection instead of proving itself; it may not know our identity")
+
+	// errLeft is ErrRefused as the server sees it: a client leaves at once when
+	// the certificate claims what it has no pin for.
+	errLeft error = hangUp{"client closed the connection instead of proving itself; it may not know our identity", io.EOF}
 
 	// ErrHandshakeTimeout means that HandshakeTimeout passed.
 	ErrHandshakeTimeout = errors.New("handshake not complete within " + HandshakeTimeout.String())

@@ -167,6 +167,13 @@ func tlsClient(t *testing.T, addr string, id *Identity, edit func(*tls.Config)) 
 	return c, err
 }
 
+func wantSaid(t *testing.T, err error, want string) {
+	t.Helper()
+	if err == nil || err.Error() != want {
+		t.Errorf("got error %v, want %s", err, want)
+	}
+}
+
 func wantIs(t *testing.T, err, want error) {
 	t.Helper()
 	if !errors.Is(err, want) {

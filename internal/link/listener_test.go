@@ -232,9 +232,8 @@ func TestNobodyAccepts(t *testing.T) {
 		defer func() { _ = b.Close() }()
 		began := time.Now()
 		c := b.mustDial(t, "192.0.2.1")
-		if _, err := c.Receive(); err != io.EOF {
-			t.Errorf("received %v", err)
-		}
+		_, err := c.Receive()
+		wantIs(t, err, io.EOF)
 		if took := time.Since(began); took != HandshakeTimeout {
 			t.Errorf("closed after %v", took)
 		}
@@ -327,7 +326,7 @@ func TestCloseDuringHandshake(t *testing.T) {
 				t.Errorf("the client sees %v", err)
 			}
 		}
-		if _, err := waiting.Receive(); err != io.EOF {
+		if _, err := waiting.Receive(); !errors.Is(err, io.EOF) {
 			t.Errorf("the waiting client sees %v", err)
 		}
 		exchange(t, client)
