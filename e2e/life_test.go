@@ -191,7 +191,7 @@ func TestLifeFailedUp(t *testing.T) {
 		{"configuration", nil, peer.with(settings{"role": "leader"}), nil, "leader"},
 		{"interface", settings{"interface": "wg7"}, peer, nil, "wg7"},
 		{"peer", nil, peer.with(settings{"public_key": a.device.public.String()}), nil, "public_key"},
-		{"port", settings{"listen": a.addr.String() + ":7000"}, peer, nil, "address already in use"},
+		{"port", settings{"listen": a.addr.String() + ":7000"}, peer, nil, "address already in use by another process\nhint: ss -ltnp "},
 		{"address", settings{"listen": "203.0.113.1:7000"}, peer, nil, "cannot assign"},
 		{"journal key", unreadable, peer, nil, "does not hold 32 bytes"},
 		{"journal", settings{"journal": unreadable["journal"].(settings).with(settings{"path": a.path("none", "journal"), "key_file": a.path("identity.key")})}, peer, nil, "journal"},

@@ -123,6 +123,9 @@ func (d *dirs) runRotator(ctx context.Context, path string, r rotator) (err erro
 	}
 	defer claim.Release()
 	setup, err := daemon.Open(ctx, c)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		err = withHint(err, "ss -ltnp shows that process", "each rotator of a host needs a port of its own: listen in "+path+", address at its peers")
+	}
 	if err != nil {
 		return err
 	}

@@ -133,10 +133,14 @@ func (c *Config) CheckDevice(name string, own [32]byte, peers map[[32]byte][]net
 // configuration. The result is Problems.
 func (c *Config) NoDevice(err error) error {
 	if errors.Is(err, os.ErrNotExist) {
-		return Problems{c.problem("interface", "ip link show type wireguard; keyturn creates no interface, bring it up first",
+		return Problems{c.problem("interface", "wg show interfaces (as root) lists those there are; keyturn creates none, bring it up first",
 			"interface: no WireGuard interface %s", quote(c.Interface))}
 	}
-	return Problems{c.problem("interface", "", "interface: %s: %s", quote(c.Interface), err)}
+	hint := ""
+	if errors.Is(err, os.ErrPermission) {
+		hint = asRoot
+	}
+	return Problems{c.problem("interface", hint, "interface: %s: %s", quote(c.Interface), err)}
 }
 
 // problem describes something wrong with the value of a key of the file.

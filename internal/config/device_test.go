@@ -151,12 +151,14 @@ wg0.yaml:9:14: nothing brings peer "lisbon" back after a reboot, because the lin
 
 func TestNoDevice(t *testing.T) {
 	c := tunnel(t)
-	for err, want := range map[error]string{
-		fmt.Errorf("open: %w", os.ErrNotExist): `wg0.yaml:1:12: interface: no WireGuard interface "wg0"`,
-		errors.New("operation not permitted"):  `wg0.yaml:1:12: interface: "wg0": operation not permitted`,
+	for err, want := range map[error][2]string{
+		fmt.Errorf("open: %w", os.ErrNotExist):   {`interface: no WireGuard interface "wg0"`, "wg show interfaces "},
+		fmt.Errorf("read: %w", os.ErrPermission): {`interface: "wg0": read: permission denied`, "run it as root"},
+		errors.New("no answer"):                  {`interface: "wg0": no answer`, ""},
 	} {
-		if got := c.NoDevice(err); !strings.HasPrefix(got.Error(), want) {
-			t.Errorf("NoDevice(%v) = %v, want %s", err, got, want)
+		ps, _ := errors.AsType[Problems](c.NoDevice(err))
+		if len(ps) != 1 || ps[0].Message != want[0] || !strings.HasPrefix(ps[0].Hint, want[1]) || (want[1] == "") != (ps[0].Hint == "") {
+			t.Errorf("NoDevice(%v) = %v, want %q", err, ps, want)
 		}
 	}
 }

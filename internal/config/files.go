@@ -66,6 +66,9 @@ func (c *Config) checkFiles() Problems {
 	for _, f := range c.files {
 		if err := f.check(); err != nil {
 			hint := ""
+			if errors.Is(err, os.ErrPermission) {
+				hint = asRoot
+			}
 			if e, ok := errors.AsType[*badValue](err); ok {
 				hint = e.hint
 			}

@@ -75,6 +75,9 @@ func (ps Problems) err() error {
 	return ps
 }
 
+// asRoot is what to do about a lack of rights.
+const asRoot = "run it as root, as wg itself"
+
 // position is a place in the file: both numbers from 1, the column in
 // characters.
 type position struct{ line, column int }

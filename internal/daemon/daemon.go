@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"syscall"
 
 	"golang.org/x/sync/errgroup"
 
@@ -115,12 +116,17 @@ func (s *Setup) rotator(o Options) (*Rotator, error) {
 
 // Listen listens at a configured TCP address: at an IPv4 address for IPv4 alone,
 // also at 0.0.0.0, which package net takes for every address of either family.
+// The error is EADDRINUSE where another process has it.
 func Listen(ctx context.Context, address string) (net.Listener, error) {
 	network := "tcp"
 	if a, err := netip.ParseAddrPort(address); err == nil && a.Addr().Is4() {
 		network = "tcp4"
 	}
-	return new(net.ListenConfig).Listen(ctx, network, address)
+	ln, err := new(net.ListenConfig).Listen(ctx, network, address)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return nil, fmt.Errorf("%w by another process", err)
+	}
+	return ln, err
 }
 
 // ReadIdentity reads the identity that the configuration names, which must not

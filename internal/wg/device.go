@@ -8,6 +8,8 @@ package wg
 import (
 	"encoding/base64"
 	"errors"
+	"fmt"
+	"io/fs"
 	"net/netip"
 	"time"
 
@@ -30,8 +32,9 @@ var (
 	// ErrNoAddress means that no address leads to the peer, so that nothing
 	// can be sent to it: it has no allowed IPs of its own.
 	ErrNoAddress = errors.New("no address leads to the peer")
-	// ErrPrivilege means that the process may not read or change the interface.
-	ErrPrivilege = errors.New("not permitted")
+	// ErrPrivilege means that the process may not read or change the interface:
+	// fs.ErrPermission.
+	ErrPrivilege = fmt.Errorf("%w", fs.ErrPermission)
 	// ErrStaleSocket means that the process of a userspace device is gone
 	// but its control socket is still there.
 	ErrStaleSocket = errors.New("nobody answers at the control socket of the interface")

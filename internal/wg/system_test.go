@@ -54,8 +54,8 @@ func TestExplain(t *testing.T) {
 		says    string
 	}{
 		{os.ErrNotExist, ErrNoDevice, `read "wg7": no such WireGuard interface`},
-		{syscall.EPERM, ErrPrivilege, "CAP_NET_ADMIN"},
-		{&net.OpError{Op: "dial", Err: syscall.EACCES}, ErrPrivilege, "/var/run/wireguard/wg7.sock"},
+		{syscall.EPERM, ErrPrivilege, `read "wg7": permission denied: it takes CAP_NET_ADMIN`},
+		{&net.OpError{Op: "dial", Err: syscall.EACCES}, os.ErrPermission, "/var/run/wireguard/wg7.sock"},
 		{&net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}, ErrStaleSocket, "remove /var/run/wireguard/wg7.sock"},
 		{syscall.EPROTONOSUPPORT, ErrStaleSocket, "remove /var/run/wireguard/wg7.sock"},
 		{syscall.ENOBUFS, syscall.ENOBUFS, "no buffer space"},
