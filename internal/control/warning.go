@@ -31,6 +31,7 @@ const (
 	ParametersDiffer Code = "parameters_differ"
 	KeysDiffer       Code = "keys_differ"
 	KeyUnconfirmed   Code = "key_unconfirmed"
+	NoHandshake      Code = "no_handshake"
 	KeyAging         Code = "key_aging"
 	KeyStale         Code = "key_stale"
 	TunnelBlocked    Code = "tunnel_blocked"
@@ -61,6 +62,7 @@ var catalogue = map[Code]struct {
 	ParametersDiffer: {SeverityError, "the two ends are configured differently"},
 	KeysDiffer:       {SeverityError, "the two ends have different keys installed"},
 	KeyUnconfirmed:   {SeverityWarning, "no handshake has confirmed the installed key for a long time"},
+	NoHandshake:      {SeverityWarning, "nothing gets through: no session, and handshakes are tried without success"},
 	KeyAging:         {SeverityWarning, "no fresh key for most of max_key_age"},
 	KeyStale:         {SeverityError, "no fresh key for longer than max_key_age"},
 	TunnelBlocked:    {SeverityError, "the tunnel is closed until a verified key is there"},

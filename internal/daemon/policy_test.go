@@ -105,3 +105,21 @@ func TestStale(t *testing.T) {
 		})
 	}
 }
+
+// TestIdle: a tunnel that nobody uses has no session most of the time, and its
+// newest key waits for a handshake for as long. It is well all the same.
+func TestIdle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, stop := start(t, options{quiet: true})
+		time.Sleep(time.Minute)
+		for range 3 * 60 {
+			time.Sleep(time.Minute)
+			for end := range 2 {
+				if p := s.peer(end); !p.Protected || len(p.Warnings) != 0 {
+					t.Errorf("end %d: %s, %s, %v", end, p.State, p.Why, p.Warnings)
+				}
+			}
+		}
+		stop()
+	})
+}

@@ -163,7 +163,10 @@ func (p *peer) warnings(now time.Time, s *control.PeerStatus, v rotation.View, h
 	warn(v.Foreign > 1 && now.Sub(p.foreignAt) < recently, control.ForeignTool, fmt.Sprintf("%d times", v.Foreign))
 	warn(s.State == control.PeerMissing && p.deviceError == "", control.PeerIsMissing, "")
 	warn(s.State == control.PeerMissing && p.deviceError != "", control.InterfaceMissing, p.deviceError)
-	warn(!v.Found && !v.Since.IsZero() && v.Installed != v.Confirmed && now.Sub(v.Since) > recently, control.KeyUnconfirmed, "")
+	// Without a session there is no handshake that could confirm it.
+	live := v.Handshake >= 0 && v.Handshake < rotation.SessionLife
+	warn(live && !v.Found && !v.Since.IsZero() && v.Installed != v.Confirmed && now.Sub(v.Since) > recently, control.KeyUnconfirmed, "")
+	warn(v.Failing, control.NoHandshake, "")
 	warn(v.LastError != "" && p.journalError == "", control.WireGuardFails, v.LastError)
 	warn(p.journalError != "", control.JournalFails, p.journalError)
 	warn(p.config.Recovery == config.RecoveryManual, control.ManualRecovery, "")

@@ -239,3 +239,34 @@ func TestPutBack(t *testing.T) {
 		}
 	}
 }
+
+// TestFailing: an end that says that nothing gets through is right, and does so
+// soon, whether the link is there or not.
+func TestFailing(t *testing.T) {
+	for _, inside := range []bool{false, true} {
+		w := rotationtest.New(rotationtest.Options{Seed: 1, Inside: inside, Fallback: inside})
+		w.Run(time.Minute)
+		failing := func() (n int) {
+			for _, e := range w.Ends {
+				if e.View().Failing {
+					n++
+				}
+			}
+			return n
+		}
+		for range 600 {
+			w.Run(time.Second)
+			if failing() > 0 {
+				t.Fatalf("inside %v: an end says that nothing gets through: %s", inside, w.Describe())
+			}
+		}
+		w.Tunnel.Cut = true
+		if !w.Until(45*time.Second, func() bool { return failing() == 2 }) {
+			t.Errorf("inside %v: the tunnel is cut, and %d ends say so: %s", inside, failing(), w.Describe())
+		}
+		w.Tunnel.Cut = false
+		if !w.Until(3*time.Minute, w.Works) || failing() > 0 && !w.Until(3*time.Second, func() bool { return failing() == 0 }) {
+			t.Errorf("inside %v: the tunnel works %v, and %d ends say that nothing gets through", inside, w.Works(), failing())
+		}
+	}
+}

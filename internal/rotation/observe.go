@@ -131,7 +131,7 @@ func (s *KeyRotationScheduler) watch(previous, o Observed) {
 	case o.Tx != previous.Tx && !echo:
 		s.mark(&s.unheard)
 	}
-	if s.alive && s.now.Sub(s.handshakeAt) < RekeyAfter {
+	if s.alive && s.now.Sub(s.handshakeAt) < RekeyAfter && !s.gone() {
 		return
 	}
 	if received != 0 || o.Tx != previous.Tx && !echo {
@@ -222,7 +222,7 @@ func (s *KeyRotationScheduler) adopt(key *psk.Key, print psk.Fingerprint) {
 // readBack is C4 and F1: a dump that began after the last set shows whether
 // it took, and whether somebody else has changed the PSK since.
 func (s *KeyRotationScheduler) readBack(key *psk.Key, print psk.Fingerprint, o Observed) {
-	if s.op != nil && s.op.stage != asking || o.Began.Before(s.setAt) {
+	if s.op != nil && s.op.stage != asking || !o.Began.After(s.setAt) {
 		return
 	}
 	if s.block != nil && !s.blocked && s.matches(print) {

@@ -81,7 +81,8 @@ type KeyRotationScheduler struct {
 	stepAt        time.Time
 	pollBefore    time.Time // a step waits for a dump that began after this
 	huntProbe     time.Time
-	told          bool      // the peer was told that handshakes are tried
+	failing       bool      // handshakes are tried without success (W1)
+	told          bool      // the peer was told so
 	helpAt        time.Time // no further probe for the peer's sake before
 	renewAt       time.Time // zero: no renewal is due
 	inside        bool      // the last link ran inside the tunnel, or the first one will
@@ -243,6 +244,7 @@ func (s *KeyRotationScheduler) advance() {
 		s.probeAt = time.Time{}
 		s.out = append(s.out, Probe{})
 	}
+	s.failing = s.tried()
 	s.report()
 }
 
@@ -299,15 +301,14 @@ func (s *KeyRotationScheduler) report() {
 	if !t.linked || s.session == (wire.SessionID{}) {
 		return
 	}
-	trying := s.tried()
-	if !s.reportNow && trying == s.told && !s.reportAt.IsZero() && !s.due(s.reportAt) {
+	if !s.reportNow && s.failing == s.told && !s.reportAt.IsZero() && !s.due(s.reportAt) {
 		return
 	}
-	s.told = trying
+	s.told = s.failing
 	s.seq++
 	m := &wire.Report{
 		Session: s.session, Seq: s.seq, Interval: t.config.Heartbeat,
-		Blocked: s.blocked, Missing: !s.ready || s.absent > 1, Trying: trying, NoHandshake: s.last.Handshake.IsZero(),
+		Blocked: s.blocked, Missing: !s.ready || s.absent > 1, Trying: s.failing, NoHandshake: s.last.Handshake.IsZero(),
 		Confirmed: s.journaled, Held: limit(s.held()),
 	}
 	if s.installed != nil {

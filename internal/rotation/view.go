@@ -44,6 +44,7 @@ type View struct {
 	// confirmed one and waits for its handshake; and it is fresh.
 	Protected    bool
 	Handshake    time.Duration // age, -1 if unknown
+	Failing      bool          // no session is alive, and handshakes are tried without success
 	Rotations    uint64
 	LastRotation time.Time // wall clock
 	Linked       bool
@@ -56,7 +57,7 @@ type View struct {
 // View returns the scheduler's state as of the last Step.
 func (s *KeyRotationScheduler) View() View {
 	v := View{
-		Handshake: -1, Rotations: s.rotations, LastRotation: s.lastRotation,
+		Handshake: -1, Failing: s.failing, Rotations: s.rotations, LastRotation: s.lastRotation,
 		Linked: s.tunnel.linked, Pulled: s.tunnel.pulled != nil, PeerStopped: s.goodbye, Foreign: s.restores, LastError: s.lastError,
 	}
 	if found := s.tunnel.foundRecord(); found != nil && s.tunnel.config.Fallback {
@@ -109,7 +110,7 @@ func (s *KeyRotationScheduler) apart() bool {
 
 // foreign says that a dump which began after the last set shows another PSK.
 func (s *KeyRotationScheduler) foreign() bool {
-	return s.ready && !s.setInProgress() && !s.last.Began.Before(s.setAt) && !s.matches(s.lastPrint)
+	return s.ready && !s.setInProgress() && s.last.Began.After(s.setAt) && !s.matches(s.lastPrint)
 }
 
 // Candidates names the keys that a hunt would try, newest first.
