@@ -62,6 +62,10 @@ var faults = []fault{
 	{name: "clock 5 h back", happen: clock(-5 * time.Hour)},
 	{name: "clock 5 h ahead", happen: clock(5 * time.Hour)},
 	{name: "clock 5 h back, traffic from there only", oneWay: true, happen: clock(-5 * time.Hour)},
+	{name: "rebooted, clock 5 h back, traffic from there only", oneWay: true, happen: func(x *exercise, m *machine) {
+		x.handshake(m)
+		m.tell(guest.Order{Verb: guest.Reboot, Clock: time.Now().Add(-5 * time.Hour)})
+	}},
 	{name: "clock 5 h ahead, traffic from there only", oneWay: true, happen: clock(5 * time.Hour)},
 }
 

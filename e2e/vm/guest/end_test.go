@@ -90,6 +90,11 @@ func (e *end) carryOut(o Order) (a Answer, err error) {
 		a.Clock, a.Pings = time.Now(), e.soFar()
 	case SetClock:
 		err = setClock(o.Clock)
+	case Reboot:
+		e.here.shutdown()
+		if err = setClock(o.Clock); err == nil {
+			e.here.boot()
+		}
 	case Suspend:
 		err = os.WriteFile("/sys/power/state", []byte("mem"), 0o200)
 	case Explain:

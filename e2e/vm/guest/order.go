@@ -15,7 +15,7 @@ type Order struct {
 	End    int       `json:"end,omitempty"`    // Begin: 0 is the client
 	Keys   Keys      `json:"keys,omitzero"`    // Begin
 	Inside bool      `json:"inside,omitempty"` // Begin: the link runs inside the tunnel
-	Clock  time.Time `json:"clock,omitzero"`   // SetClock
+	Clock  time.Time `json:"clock,omitzero"`   // SetClock, Reboot
 }
 
 // Verb says what to do.
@@ -30,6 +30,7 @@ const (
 	Mark     Verb = "mark"    // the fault is over
 	Look     Verb = "look"    // answer with a View, the time, and what became of the pings
 	SetClock Verb = "clock"   // set the wall clock
+	Reboot   Verb = "reboot"  // as the host: WireGuard with the original key, no run directory; the clock as given
 	Suspend  Verb = "suspend" // to RAM; answered after the guest was woken
 	Explain  Verb = "explain" // answer with the rotator's log
 )
