@@ -86,10 +86,3 @@ func (s *KeyRotationScheduler) onwards(next *record, candidates []*record) *reco
 func (s *KeyRotationScheduler) knocking() bool {
 	return !s.knocks.probed.IsZero() && s.now.Sub(s.knocks.probed) < knockEcho
 }
-
-func later(a, b time.Time) time.Time {
-	if a.After(b) {
-		return a
-	}
-	return b
-}

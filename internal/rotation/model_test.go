@@ -481,8 +481,13 @@ func (w *world) carry(e int, f Effect, generator bool) []job {
 	case SetPSK:
 		next = []job{{false, Set{Token: f.Token, Err: w.set(e, f.Key)}}}
 	case Renew:
-		w.fail("%s: makes the peer anew, though no clock has gone back (W3)", endNames[e])
-		return nil
+		d, theirs := &w.hosts[e].device, &w.hosts[1-e].device
+		if x := theirs.current; x.live(w.now) && d.knows(x.id) {
+			w.fail("%s: makes the peer anew, though the other end has a session with it (W3)", endNames[e])
+		}
+		w.tell("%s: makes the peer anew", endNames[e])
+		*d, w.tries = device{psk: d.psk, print: d.print}, [2]handshake{}
+		next = []job{{false, Set{Token: f.Token}}}
 	case Probe:
 		w.tell("%s: probes the tunnel", endNames[e])
 		w.packet(e)

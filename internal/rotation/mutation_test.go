@@ -130,11 +130,11 @@ var mutations = []mutation{
 	{"an end whose clock went back makes the peer anew", "TestTrace|TestClock", []edit{
 		{"renew.go", "return s.unheeded() && (!s.tries().IsZero()", "return false && (!s.tries().IsZero()"},
 	}},
-	{"an end that hears nothing of a peer that tries makes it anew", "TestTrace|TestClock", []edit{
-		{"renew.go", "return s.peerTrying() && s.peer.NoHandshake &&", "return false && s.peerTrying() && s.peer.NoHandshake &&"},
+	{"an end that hears nothing of a peer that lost the session makes it anew", "TestTrace|TestClock", []edit{
+		{"renew.go", "s.peerBlank() || s.peerPutBack()", "s.peerPutBack()"},
 	}},
 	{"a peer that was put back to a live snapshot is made anew", "TestPutBack", []edit{
-		{"renew.go", "s.peerDeaf() || s.peerPutBack()", "s.peerDeaf()"},
+		{"renew.go", "s.peerBlank() || s.peerPutBack()", "s.peerBlank()"},
 	}},
 	{"the server knocks without a link", "TestTrace|TestClock", []edit{
 		{"knock.go", "if s.tunnel.config.Role != Server ||", "if true || s.tunnel.config.Role != Server ||"},

@@ -39,11 +39,15 @@ func (s *KeyRotationScheduler) unheeded() bool {
 	return (s.last.Handshake.After(wall) || s.highest.After(wall)) && s.gone()
 }
 
+// agreeing says that the ends talk and have the same key installed: whatever
+// keeps handshakes from succeeding is not that.
+func (s *KeyRotationScheduler) agreeing() bool {
+	return s.tunnel.linked && s.peer != nil && s.ready && s.absent == 0 && s.installed != nil && !s.differs()
+}
+
 // peerTrying says that the peer, which has the same key installed, tries to
 // make a handshake and has no live session.
-func (s *KeyRotationScheduler) peerTrying() bool {
-	return s.tunnel.linked && s.peer != nil && s.peer.Trying && s.ready && s.absent == 0 && s.installed != nil && !s.differs()
-}
+func (s *KeyRotationScheduler) peerTrying() bool { return s.agreeing() && s.peer.Trying }
 
 // help is W2: the peer tries and is not heard. WireGuard refuses an initiation
 // that is older by its sender's clock than the one before, so for hours where
@@ -63,7 +67,7 @@ func (s *KeyRotationScheduler) help() {
 // began, unless one that begins there and is heard comes first. The server does
 // so before the client: two that begin at once would collide.
 func (s *KeyRotationScheduler) renew() {
-	deaf, lost := s.deaf(), s.peerDeaf() || s.peerPutBack()
+	deaf, lost := s.deaf(), s.peerBlank() || s.peerPutBack()
 	if s.stopping || s.op != nil || !s.ready || s.absent > 0 || !deaf && !lost {
 		s.renewAt = time.Time{}
 		return
@@ -88,12 +92,27 @@ func (s *KeyRotationScheduler) deaf() bool {
 	return s.unheeded() && (!s.tries().IsZero() || s.hunting || s.peerTrying())
 }
 
-// peerDeaf says that the peer has no session and tries in vain, for WireGuard was
-// made anew there, while this end may have one, and so begins no handshake; yet it
-// hears nothing, not even the peer's attempts: WireGuard does not count those that
-// it refuses for their time. The peer's clock has gone back as well.
-func (s *KeyRotationScheduler) peerDeaf() bool {
-	return s.peerTrying() && s.peer.NoHandshake && s.hasSession() && s.now.Sub(s.received) >= TryingAfter
+// compareSessions keeps the time since when the peer's WireGuard cannot have the
+// session that this end's may have, for it has had no handshake.
+func (s *KeyRotationScheduler) compareSessions() {
+	switch {
+	case !s.agreeing() || !s.peer.NoHandshake || !s.hasSession():
+		s.blankSince = time.Time{}
+	case s.blankSince.IsZero():
+		s.blankSince = s.now
+	}
+}
+
+// peerBlank says that WireGuard was made anew at the other end, and nothing is
+// heard from there: it has nothing to send, or its clock has gone back as well,
+// for what WireGuard refuses for its time it does not count. This end would
+// begin no handshake for as long as it takes its session for alive.
+func (s *KeyRotationScheduler) peerBlank() bool {
+	if s.blankSince.IsZero() {
+		return false
+	}
+	wait := max(BlankAfter, s.peer.Interval+blankLate)
+	return !s.last.Began.Before(later(s.blankSince, s.received).Add(wait))
 }
 
 // peerPutBack says that the peer, the same process as before, is behind what it
@@ -101,7 +120,7 @@ func (s *KeyRotationScheduler) peerDeaf() bool {
 // the session no more that this end may have. WireGuard would find that out when
 // it has heard nothing for 15 s.
 func (s *KeyRotationScheduler) peerPutBack() bool {
-	return s.peerBack && s.tunnel.linked && s.peer != nil && s.installed != nil && !s.differs() && s.hasSession()
+	return s.peerBack && s.agreeing() && s.hasSession()
 }
 
 // hasSession says that WireGuard may take a session for alive at this end, and
@@ -113,16 +132,26 @@ func (s *KeyRotationScheduler) hasSession() bool {
 // renewed ends an operation of W3.
 func (s *KeyRotationScheduler) renewed(err error) {
 	why := "no handshake succeeds, for a clock has gone back"
-	if s.peerBack {
+	switch {
+	case s.peerBack:
 		why = "the other end went back to an earlier state"
+	case !s.blankSince.IsZero():
+		why = "the other end has lost the session"
 	}
 	s.renewAt, s.notRenewed = time.Time{}, s.now.Add(renewRetry)
 	if err != nil {
 		s.failedTo("remove the peer from WireGuard and add it again: " + err.Error())
 		return
 	}
-	s.alive, s.peerBack = false, false
+	s.alive, s.peerBack, s.blankSince = false, false, time.Time{}
 	s.highest = s.wall()
 	s.probeAt, s.helpAt = s.now, s.now.Add(helpEvery)
 	s.note(NoteRenewed, none, why+": the peer was removed from WireGuard and added again")
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
 }

@@ -83,7 +83,9 @@ type KeyRotationScheduler struct {
 	huntProbe     time.Time
 	failing       bool      // handshakes are tried without success (W1)
 	told          bool      // the peer was told so
+	toldBlank     bool      // the peer was told that WireGuard has had no handshake
 	helpAt        time.Time // no further probe for the peer's sake before
+	blankSince    time.Time // the peer's WireGuard has had no handshake, and this end's has
 	renewAt       time.Time // zero: no renewal is due
 	inside        bool      // the last link ran inside the tunnel, or the first one will
 	knocks        knocks
@@ -239,6 +241,7 @@ func (s *KeyRotationScheduler) advance() {
 	s.knock()
 	s.hunt()
 	s.help()
+	s.compareSessions()
 	s.renew()
 	if s.due(s.probeAt) {
 		s.probeAt = time.Time{}
@@ -301,14 +304,15 @@ func (s *KeyRotationScheduler) report() {
 	if !t.linked || s.session == (wire.SessionID{}) {
 		return
 	}
-	if !s.reportNow && s.failing == s.told && !s.reportAt.IsZero() && !s.due(s.reportAt) {
+	blank := s.last.Handshake.IsZero()
+	if !s.reportNow && s.failing == s.told && blank == s.toldBlank && !s.reportAt.IsZero() && !s.due(s.reportAt) {
 		return
 	}
-	s.told = s.failing
+	s.told, s.toldBlank = s.failing, blank
 	s.seq++
 	m := &wire.Report{
 		Session: s.session, Seq: s.seq, Interval: t.config.Heartbeat,
-		Blocked: s.blocked, Missing: !s.ready || s.absent > 1, Trying: s.failing, NoHandshake: s.last.Handshake.IsZero(),
+		Blocked: s.blocked, Missing: !s.ready || s.absent > 1, Trying: s.failing, NoHandshake: blank,
 		Confirmed: s.journaled, Held: limit(s.held()),
 	}
 	if s.installed != nil {
