@@ -7,8 +7,10 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"time"
 )
@@ -22,6 +24,7 @@ type Network struct {
 	mu        sync.Mutex
 	listeners map[string]*listener
 	cut       bool
+	streams   map[*stream]bool // of connections that stand
 }
 
 // Listen returns a listener at an address, any text.
@@ -48,16 +51,53 @@ func (n *Network) Dial(ctx context.Context, _, address string) (net.Conn, error)
 		return nil, fmt.Errorf("dial %s: unreachable", address)
 	}
 	a, b := newStream(), newStream()
+	n.stand(a, b)
 	near := &conn{network: n, in: a, out: b, local: "dialer", remote: address}
 	far := &conn{network: n, in: b, out: a, local: address, remote: "dialer"}
 	select {
 	case l.waiting <- far:
 		return near, nil
 	case <-l.closed:
+		n.gone(a, b)
 		return nil, fmt.Errorf("dial %s: refused", address)
 	case <-ctx.Done():
+		n.gone(a, b)
 		return nil, ctx.Err()
 	}
+}
+
+func (n *Network) stand(streams ...*stream) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.streams == nil {
+		n.streams = map[*stream]bool{}
+	}
+	for _, s := range streams {
+		n.streams[s] = true
+	}
+}
+
+func (n *Network) gone(streams ...*stream) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, s := range streams {
+		delete(n.streams, s)
+	}
+}
+
+// Stall holds up the connections that stand, and no others: until resume is
+// called nothing arrives, the end of a connection neither, and nobody is told.
+func (n *Network) Stall() (resume func()) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	stalled := slices.Collect(maps.Keys(n.streams))
+	set := func(to bool) {
+		for _, s := range stalled {
+			s.change(func() { s.stalled = to })
+		}
+	}
+	set(true)
+	return func() { set(false) }
 }
 
 // Cut partitions the network, or heals it: nothing that is written arrives,
@@ -112,7 +152,9 @@ func (a addr) String() string  { return string(a) }
 type stream struct {
 	mu       sync.Mutex
 	buffer   []byte
-	closed   bool
+	closed   bool // by the writer
+	ended    bool // by the reader
+	stalled  bool
 	changed  chan struct{} // closed and replaced at each change
 	deadline time.Time
 }
@@ -131,6 +173,10 @@ func (s *stream) read(b []byte) (int, error) {
 	for {
 		s.mu.Lock()
 		switch {
+		case s.ended:
+			s.mu.Unlock()
+			return 0, io.EOF
+		case s.stalled: // wait
 		case len(s.buffer) > 0:
 			n := copy(b, s.buffer)
 			s.buffer = s.buffer[n:]
@@ -173,7 +219,7 @@ func (c *conn) Write(b []byte) (n int, err error) {
 	}
 	c.out.change(func() {
 		switch {
-		case c.out.closed:
+		case c.out.closed, c.out.ended && !c.out.stalled:
 			err = io.ErrClosedPipe
 		case len(c.out.buffer)+len(b) > limit:
 			err = fmt.Errorf("%d bytes are unread", len(c.out.buffer))
@@ -190,7 +236,8 @@ func (c *conn) Write(b []byte) (n int, err error) {
 func (c *conn) Close() error {
 	c.once.Do(func() {
 		cut := c.network.isCut()
-		c.in.change(func() { c.in.closed, c.in.buffer = true, nil })
+		c.network.gone(c.in)
+		c.in.change(func() { c.in.ended, c.in.buffer = true, nil })
 		if !cut {
 			c.out.change(func() { c.out.closed = true })
 		}
