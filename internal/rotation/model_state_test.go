@@ -126,8 +126,10 @@ var rules = map[string]rule{
 	"KeyRotationScheduler.restoredAt": skip, "KeyRotationScheduler.restoreAt": due, "KeyRotationScheduler.rotations": skip,
 	"KeyRotationScheduler.received": brief, "KeyRotationScheduler.helpAt": due, "KeyRotationScheduler.renewAt": due, "KeyRotationScheduler.notRenewed": skip,
 	"knocks.next": due, "knocks.last": stamped,
+	// The model carries no Redial out.
+	"KeyRotationScheduler.late": skip,
 	// The clocks of the model never go back.
-	"KeyRotationScheduler.highest": skip, "KeyRotationScheduler.born": skip,
+	"KeyRotationScheduler.highest": skip,
 	"KeyRotationScheduler.keptFor":      serial,
 	"KeyRotationScheduler.lastRotation": skip, "KeyRotationScheduler.lastError": skip, "KeyRotationScheduler.block": skip,
 

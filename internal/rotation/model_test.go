@@ -497,7 +497,7 @@ func (w *world) carry(e int, f Effect, generator bool) []job {
 	case Note:
 		w.note(e, f)
 		return nil
-	default: // Poll: every grain has a dump
+	default: // Poll: every grain has a dump. Redial: a second connection is only faster than the four intervals
 		return nil
 	}
 	w.effects[e]++

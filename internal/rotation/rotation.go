@@ -99,7 +99,8 @@ const (
 	nearlyDead   = 10 * time.Second // W3: of a session's life, in which the other end's view may be ahead
 	blankLate    = 4 * time.Second  // W3: by which a report may be older than its interval; a hub's tells of a handshake late
 	renewRetry   = time.Minute      // W3: between two
-	silentBeats  = 4                // L5: heartbeats that may be missing
+	lateBeats    = 2                // L5: heartbeats that may be missing before the client dials a second connection
+	silentBeats  = 4                // L5: before the link is closed
 	maxRecords   = 16               // keys in the scheduler's hands, of which a few are usual
 	maxRounds    = 4                // rounds under way at once
 	maxHigh      = 1 << 62

@@ -64,6 +64,7 @@ type KeyRotationScheduler struct {
 	peerBack  bool   // it went below that since the last handshake
 	seq       uint64
 	heard     time.Time
+	late      bool // a second connection is wanted (L5)
 	attempt   uint32
 	reportAt  time.Time
 	reportNow bool
@@ -281,7 +282,9 @@ func (s *KeyRotationScheduler) linkDown() {
 	}
 }
 
-// listen is L5: a peer that sends nothing for four intervals is taken to be gone.
+// listen is L5: a peer that sends nothing for four intervals is taken to be
+// gone; after two, where the link has carried something before, the client
+// dials a second connection.
 func (s *KeyRotationScheduler) listen() {
 	if !s.tunnel.linked || s.heard.IsZero() {
 		return
@@ -291,10 +294,15 @@ func (s *KeyRotationScheduler) listen() {
 		interval = max(s.peer.Interval, time.Second)
 	}
 	if s.due(s.heard.Add(silentBeats * interval)) {
-		s.heard = s.now
+		s.heard, s.late = s.now, false
 		s.at(s.heard.Add(silentBeats * interval))
 		s.note(NoteSilent, none, fmt.Sprintf("no report for %v", silentBeats*interval))
 		s.out = append(s.out, CloseLink{})
+	}
+	late := s.tunnel.config.Role == Client && s.peer != nil && s.due(s.heard.Add(lateBeats*interval))
+	if late != s.late {
+		s.late = late
+		s.out = append(s.out, Redial{Wanted: late})
 	}
 }
 

@@ -366,6 +366,7 @@ var commands = map[string]func(args){
 	"reboot":    func(a args) { a.end().Reboot() },
 	"forget":    func(a args) { a.end().Forget() },
 	"redial":    func(a args) { a.world.Redial() },
+	"stale":     func(a args) { a.world.Stale() },
 	"rotate":    func(a args) { a.end().Rotate() },
 	"version":   func(a args) { a.end().Version(1) },
 	"wg-set":    func(a args) { a.end().Foreign() },

@@ -31,6 +31,7 @@ type End struct {
 	polls     int
 	parted    time.Duration // of wall and monotonic clock, at the last poll
 	busy      busy
+	second    *attempt // for a second connection, under way
 
 	journal  *rotation.Journal // on "disk"
 	recorded *rotation.Entry   // the PSK found at the first start, in the state directory
@@ -68,6 +69,7 @@ func (e *End) Start() {
 	}
 	e.up = true
 	e.life++
+	e.second = nil
 	e.Notes = map[rotation.NoteKind]int{}
 	e.seq, e.behind = 0, 0
 	role := rotation.Client
@@ -482,6 +484,15 @@ func (e *End) effect(f rotation.Effect, generator bool) {
 	case rotation.CloseLink:
 		w.trace("%s: closes the link", names[e.index])
 		w.Link.close(w, e.index)
+	case rotation.Redial:
+		if e.second != nil {
+			w.trace("%s: gives the second connection up", names[e.index])
+			e.second = nil
+		}
+		if f.Wanted {
+			w.trace("%s: dials a second connection", names[e.index])
+			w.beside(e)
+		}
 	case rotation.Fetch:
 		if f.KeyID == "" {
 			w.trace("%s -> kms: a key", names[e.index])

@@ -22,6 +22,7 @@ type Link struct {
 	waiting [2][]sent    // in Manual: for each end
 	busy    [2]time.Time // keeps the order of each direction
 	holed   int          // number of a connection that lost a message
+	stale   int          // and of one that carries nothing any more
 }
 
 type sent struct {
@@ -47,6 +48,9 @@ func (l *Link) send(w *World, from int, m wire.Message) {
 	}
 	if _, heartbeat := m.(*wire.Report); !heartbeat || w.Manual {
 		w.trace("%s -> %s: %v", names[from], names[to], m)
+	}
+	if l.number == l.stale {
+		return
 	}
 	if w.Manual {
 		l.waiting[to] = append(l.waiting[to], sent{m, l.number})
@@ -148,6 +152,13 @@ func (w *World) Swap(to int) bool {
 // Inject hands a message to an end as if it had come from the peer.
 func (w *World) Inject(to int, m wire.Message) { w.Ends[to].receive(m) }
 
+// Stale lets the connection carry nothing any more, of which no end hears, as
+// when a machine is put back to a snapshot of all its memory.
+func (w *World) Stale() {
+	w.Link.stale = w.Link.number
+	w.Link.waiting = [2][]sent{}
+}
+
 // Redial breaks the connection and makes a new one at once.
 func (w *World) Redial() {
 	w.Link.drop(w)
@@ -170,6 +181,32 @@ func (w *World) dial() {
 		}
 	}
 	w.after(time.Second+time.Duration(w.rng.IntN(1000))*time.Millisecond, w.dial)
+}
+
+// attempt is one to make a second connection.
+type attempt struct{ number int } // of the one that stands
+
+// beside is the client's second connection (L5): made three round trips later,
+// if the network lets it, unless it was given up. In Manual it never is.
+func (w *World) beside(e *End) {
+	a := &attempt{w.Link.number}
+	e.second = a
+	if w.Inside && !w.Link.Cut {
+		w.data(e, false)
+	}
+	if w.Manual {
+		return
+	}
+	w.after(6*w.Link.delay, func() {
+		if e.second != a {
+			return
+		}
+		e.second = nil
+		server := w.Ends[Server]
+		if w.Link.number == a.number && e.up && !e.asleep && server.up && !server.asleep && w.linkWorks() {
+			w.connect()
+		}
+	})
 }
 
 func (w *World) connect() {
