@@ -38,6 +38,11 @@ type peer struct {
 
 	gen, sched *inbox
 
+	// A client's wish for a second connection (L5) is the context of the
+	// attempt. It ends when the wish does.
+	beside chan context.Context
+	giveUp context.CancelFunc // of the last wish; the scheduler's goroutine's own
+
 	// life outlasts the rotator's wish to stop, until the scheduler has done
 	// what it had begun and said goodbye.
 	life context.Context
@@ -253,6 +258,8 @@ func (p *peer) carry(f rotation.Effect, conn *link.Conn, fetches *fetcher) rotat
 		if conn != nil {
 			_ = conn.Close()
 		}
+	case rotation.Redial:
+		p.redial(f.Wanted)
 	case rotation.Fetch:
 		fetches.start(f)
 	case rotation.Save:
@@ -375,20 +382,64 @@ func (f *fetcher) start(e rotation.Fetch) {
 
 // dial keeps the link up: at most one attempt every two seconds, for ever.
 func (p *peer) dial(ctx context.Context) {
+	var serving sync.WaitGroup
+	defer serving.Wait()
 	for ctx.Err() == nil {
-		attempt, cancel := context.WithTimeout(ctx, dialTimeout)
-		c, err := p.rotator.Dial(attempt, p.config.Address, p.rotator.Identity, p.pins)
-		cancel()
+		c, err := p.attempt(ctx)
 		if err != nil {
 			p.linkFailed(err)
-		} else {
-			p.serve(ctx, c)
+		}
+		for c != nil {
+			ended := make(chan struct{})
+			serving.Go(func() { defer close(ended); p.serve(ctx, c) })
+			c = p.replacement(ended)
 		}
 		select {
 		case <-ctx.Done():
 		case <-time.After(redialAfter/2 + rand.N(redialAfter/2)): //nolint:gosec // jitter is no secret
 		}
 	}
+}
+
+func (p *peer) attempt(ctx context.Context) (*link.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	return p.rotator.Dial(ctx, p.config.Address, p.rotator.Identity, p.pins)
+}
+
+// replacement waits until a connection has ended, nil, or until a second one
+// was dialled beside it, to take its place (L5). An attempt that is under way
+// when the connection ends is the next one.
+func (p *peer) replacement(ended <-chan struct{}) *link.Conn {
+	for {
+		select {
+		case <-ended:
+			return nil
+		case wish := <-p.beside:
+			c, err := p.attempt(wish)
+			if err == nil {
+				return c // also if the wish has ended since: the server has replaced the other
+			}
+			if wish.Err() == nil {
+				p.log.Debug("second link cannot be made", "err", err)
+			}
+		}
+	}
+}
+
+// redial hands a wish for a second connection to the dialler, or takes it back.
+func (p *peer) redial(wanted bool) {
+	p.giveUp()
+	if !wanted {
+		return
+	}
+	select {
+	case <-p.beside: // a wish that came when the link ended
+	default:
+	}
+	var wish context.Context
+	wish, p.giveUp = context.WithCancel(p.life)
+	p.beside <- wish
 }
 
 func (p *peer) linkFailed(err error) {

@@ -130,6 +130,8 @@ func (r *Rotator) newPeer(c *config.Peer, now wg.Peer) (*peer, error) {
 		log:    limitLog(r.Log.With("peer", c.Name)),
 		gen:    newInbox(),
 		sched:  newInbox(),
+		beside: make(chan context.Context, 1),
+		giveUp: func() {},
 		linkAt: time.Now(),
 	}
 	p.life, p.end = context.WithCancel(context.Background())
