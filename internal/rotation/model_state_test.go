@@ -129,7 +129,7 @@ var rules = map[string]rule{
 	// The model carries no Redial out.
 	"KeyRotationScheduler.late": skip,
 	// The clocks of the model never go back.
-	"KeyRotationScheduler.highest": skip,
+	"KeyRotationScheduler.highest":      skip,
 	"KeyRotationScheduler.keptFor":      serial,
 	"KeyRotationScheduler.lastRotation": skip, "KeyRotationScheduler.lastError": skip, "KeyRotationScheduler.block": skip,
 
