@@ -227,7 +227,7 @@ func TestPutBack(t *testing.T) {
 			w.Run(130*time.Second + time.Duration(phase)*time.Second)
 			confirmed := w.Confirmed()
 			restore()
-			if down := w.Outage(10 * time.Minute); down > 5*time.Second {
+			if down := w.Outage(10 * time.Minute); down > 7*time.Second {
 				t.Errorf("end %d, phase %d: the tunnel did not work for %v", end, phase, down)
 			}
 			if n := w.Ends[1-end].Notes[rotation.NoteRenewed]; n > 1 || w.Ends[end].Notes[rotation.NoteRenewed] > 0 {

@@ -247,7 +247,7 @@ func (e *End) Live() (restore func()) {
 		*d = then
 		e.behind += e.seq - seq
 		e.seq = seq
-		w.Link.drop(w)
+		w.Stale()
 	}
 }
 
