@@ -391,7 +391,7 @@ func (p *peer) dial(ctx context.Context) {
 		}
 		for c != nil {
 			ended := make(chan struct{})
-			serving.Go(func() { defer close(ended); p.serve(ctx, c) })
+			serving.Go(func() { defer close(ended); p.serve(ctx, c, nil) })
 			c = p.replacement(ended)
 		}
 		select {
@@ -453,13 +453,39 @@ func (p *peer) linkFailed(err error) {
 	}
 }
 
-// accepted takes a connection that the peer dialled. It replaces an older one.
+// accepted takes a connection that the peer dialled. It replaces an older one
+// with its first message: the client may give it up before (L5).
 func (p *peer) accepted(c *link.Conn) {
 	if p.role == rotation.Client {
 		p.rotator.serving.Go(func() { p.conflict(p.life, c) })
 		return
 	}
-	p.rotator.serving.Go(func() { p.serve(p.life, c) })
+	p.rotator.serving.Go(func() {
+		first, err := p.first(c)
+		if err != nil {
+			_ = c.Close()
+			return
+		}
+		p.serve(p.life, c, first)
+	})
+}
+
+// first waits for the first frame of a connection that stands beside another.
+func (p *peer) first(c *link.Conn) ([]byte, error) {
+	if !p.linked() {
+		return nil, nil
+	}
+	stop := context.AfterFunc(p.life, func() { _ = c.Close() })
+	defer stop()
+	c.SetSilence(dialTimeout)
+	defer c.SetSilence(link.DefaultSilence)
+	return c.Receive()
+}
+
+func (p *peer) linked() bool {
+	p.connMu.Lock()
+	defer p.connMu.Unlock()
+	return p.conn != nil
 }
 
 // conflict answers a peer that takes itself for the client as well.
@@ -547,13 +573,14 @@ func (p *peer) bothServers(ctx context.Context) bool {
 	return err == nil && ok && slices.Equal(ack.Differences, same)
 }
 
-// serve reads from a connection until it ends.
-func (p *peer) serve(ctx context.Context, c *link.Conn) {
+// serve reads from a connection until it ends. Its first frame may have been
+// read already.
+func (p *peer) serve(ctx context.Context, c *link.Conn, first []byte) {
 	if !p.adopt(ctx, c) {
 		_ = c.Close()
 		return
 	}
-	err := p.receive(ctx, c)
+	err := p.receive(ctx, c, first)
 	for _, in := range []*inbox{p.gen, p.sched} {
 		in.deliver(ctx, rotation.LinkDown{}, c)
 	}
@@ -609,13 +636,16 @@ func (p *peer) runsInside(c *link.Conn) bool {
 }
 
 // receive hands messages to the machines until the connection or ctx ends.
-func (p *peer) receive(ctx context.Context, c *link.Conn) error {
+func (p *peer) receive(ctx context.Context, c *link.Conn, b []byte) error {
 	for ctx.Err() == nil {
-		b, err := c.Receive()
-		if err != nil {
-			return err
+		if b == nil {
+			var err error
+			if b, err = c.Receive(); err != nil {
+				return err
+			}
 		}
 		m, err := wire.Decode(b)
+		b = nil
 		if v, ok := errors.AsType[*wire.VersionError](err); ok {
 			p.gen.deliver(ctx, rotation.OtherVersion{Version: v.Got}, c)
 			continue

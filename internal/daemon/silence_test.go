@@ -19,6 +19,7 @@ import (
 type dialler struct {
 	mu       sync.Mutex
 	instead  func(context.Context) error // nil: dial
+	then     func(*link.Conn) error      // nil: nothing
 	attempts []attempt
 }
 
@@ -35,7 +36,7 @@ func (d *dialler) parts(end int, p *daemon.Parts) {
 	dial := p.Dial
 	p.Dial = func(ctx context.Context, address string, self *link.Identity, pins link.Pins) (*link.Conn, error) {
 		d.mu.Lock()
-		instead := d.instead
+		instead, then := d.instead, d.then
 		d.mu.Unlock()
 		began := time.Now()
 		var c *link.Conn
@@ -44,6 +45,9 @@ func (d *dialler) parts(end int, p *daemon.Parts) {
 			err = instead(ctx)
 		} else {
 			c, err = dial(ctx, address, self, pins)
+			if err == nil && then != nil {
+				c, err = nil, then(c)
+			}
 		}
 		d.mu.Lock()
 		d.attempts = append(d.attempts, attempt{time.Since(began), err})
@@ -57,6 +61,13 @@ func (d *dialler) from(instead func(context.Context) error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.instead, d.attempts = instead, nil
+}
+
+// after lets diallers do something with what they have dialled.
+func (d *dialler) after(then func(*link.Conn) error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.then = then
 }
 
 func (d *dialler) made() []attempt {
@@ -190,5 +201,21 @@ func TestSecondLinkFails(t *testing.T) {
 			s.t.Errorf("the link changed: up since %v, then %v\n%s", before, now, log.text())
 		}
 		s.undisturbed("after three attempts that failed")
+	})
+}
+
+// TestGivenUpAfterProof: a second connection that is given up once the server
+// has seen the client's proof does not cost the link.
+func TestGivenUpAfterProof(t *testing.T) {
+	silenced(t, func(s *system, d *dialler, log *tail) {
+		before, lines := s.links(), strings.Count(log.text(), "link")
+		d.after(func(c *link.Conn) error { return errors.Join(c.Close(), link.ErrRefused) })
+		resume := s.network.Stall()
+		time.Sleep(4500 * time.Millisecond)
+		resume()
+		time.Sleep(time.Minute)
+		if now := s.links(); now != before || strings.Count(log.text(), "link") != lines || len(d.made()) != 1 {
+			s.t.Errorf("the link changed after %d attempts: up since %v, then %v\n%s", len(d.made()), before, now, log.text())
+		}
 	})
 }
