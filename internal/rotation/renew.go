@@ -111,8 +111,17 @@ func (s *KeyRotationScheduler) peerBlank() bool {
 	if s.blankSince.IsZero() {
 		return false
 	}
-	wait := max(BlankAfter, s.peer.Interval+blankLate)
-	return !s.last.Began.Before(later(s.blankSince, s.received).Add(wait))
+	since := later(s.blankSince, s.received)
+	// The report tells of the newest dump there, which may be of before the last handshake.
+	if s.reportedAt.Sub(since) < max(blankLate, s.peer.Interval-blankLate) || !s.due(since.Add(BlankAfter)) {
+		return false
+	}
+	by := later(since.Add(BlankAfter), s.reportedAt)
+	if s.last.Began.Before(by) && !s.blankPoll.Equal(since) {
+		s.blankPoll = since
+		s.out = append(s.out, Poll{})
+	}
+	return !s.last.Began.Before(by)
 }
 
 // peerPutBack says that the peer, the same process as before, is behind what it

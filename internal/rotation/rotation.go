@@ -71,7 +71,7 @@ const (
 	HuntEvidence  = 10 * time.Second        // H1: two retries of 5 s: the third attempt has begun
 	DeadAfter     = 25 * time.Second        // H1: of sending unheard: WireGuard's 15 s and two retries
 	TryingAfter   = 7 * time.Second         // W1: an attempt and WireGuard's first retry had no success
-	BlankAfter    = 6 * time.Second         // W3: nothing heard of a peer that has lost the session: an attempt, and WireGuard's first retry
+	BlankAfter    = 4 * time.Second         // W3: nothing heard of a peer that has lost the session
 	RenewAfter    = 2 * time.Second         // W3: in which the other end may begin a handshake; 3 s at the client
 	HuntRepair    = 30 * time.Second        // H1: repair without success
 	ClientDwell   = 12 * time.Second        // H3
@@ -97,7 +97,7 @@ const (
 	knockMost    = time.Hour        // W4: of rest, long after the link was lost
 	clockBack    = 5 * time.Second  // W3: less is no step of a clock
 	nearlyDead   = 10 * time.Second // W3: of a session's life, in which the other end's view may be ahead
-	blankLate    = 4 * time.Second  // W3: by which a report may be older than its interval; a hub's tells of a handshake late
+	blankLate    = 2 * time.Second  // W3: by which a report may be older; of a hub, most of its interval
 	renewRetry   = time.Minute      // W3: between two
 	lateBeats    = 2                // L5: heartbeats that may be missing before the client dials a second connection
 	silentBeats  = 4                // L5: before the link is closed

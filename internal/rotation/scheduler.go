@@ -55,22 +55,23 @@ type KeyRotationScheduler struct {
 	keptFor      uint64 // newest confirmed serial for which the recovery key was looked at
 
 	// The peer.
-	session   wire.SessionID
-	peerBoot  wire.BootID
-	peer      *wire.Report // its newest, of this session
-	early     *wire.Report // of a session that the KeyGenerator has not adopted yet
-	peerSeq   uint64
-	peerHigh  uint64 // the highest of its boot, of any session
-	peerBack  bool   // it went below that since the last handshake
-	seq       uint64
-	heard     time.Time
-	late      bool // a second connection is wanted (L5)
-	attempt   uint32
-	reportAt  time.Time
-	reportNow bool
-	goodbye   bool
-	stopping  bool // nothing is begun any more
-	stopped   bool // Bye was sent
+	session    wire.SessionID
+	peerBoot   wire.BootID
+	peer       *wire.Report // its newest, of this session
+	early      *wire.Report // of a session that the KeyGenerator has not adopted yet
+	peerSeq    uint64
+	reportedAt time.Time // when the newest report came
+	peerHigh   uint64    // the highest of its boot, of any session
+	peerBack   bool      // it went below that since the last handshake
+	seq        uint64
+	heard      time.Time
+	late       bool // a second connection is wanted (L5)
+	attempt    uint32
+	reportAt   time.Time
+	reportNow  bool
+	goodbye    bool
+	stopping   bool // nothing is begun any more
+	stopped    bool // Bye was sent
 
 	// Rules that wait.
 	notBefore     time.Time // client: no commit before
@@ -87,6 +88,7 @@ type KeyRotationScheduler struct {
 	toldBlank     bool      // the peer was told that WireGuard has had no handshake
 	helpAt        time.Time // no further probe for the peer's sake before
 	blankSince    time.Time // the peer's WireGuard has had no handshake, and this end's has
+	blankPoll     time.Time // for a silence since this moment a dump was asked for
 	renewAt       time.Time // zero: no renewal is due
 	inside        bool      // the last link ran inside the tunnel, or the first one will
 	knocks        knocks
@@ -382,7 +384,7 @@ func (s *KeyRotationScheduler) reported(m *wire.Report) {
 	if m.Seq <= s.peerHigh {
 		s.peerBack, s.peerHigh = true, 0
 	}
-	s.peer, s.peerSeq, s.peerHigh = m, m.Seq, max(s.peerHigh, m.Seq)
+	s.peer, s.peerSeq, s.peerHigh, s.reportedAt = m, m.Seq, max(s.peerHigh, m.Seq), s.now
 	in := s.installed
 	if in != nil && s.op == nil && !m.Blocked && m.Installed.Fingerprint == in.print && !m.Missing {
 		s.agree(in)
