@@ -230,7 +230,7 @@ func (s *KeyRotationScheduler) set(e Set) {
 	}
 	s.op = nil
 	if op.kind == opRenew {
-		s.renewed(e.Err)
+		s.renewed(op.why, e.Err)
 		return
 	}
 	s.reportNow = true

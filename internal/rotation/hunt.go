@@ -16,6 +16,9 @@ func (s *KeyRotationScheduler) hunt() {
 	}
 	if !s.huntDue() {
 		if s.hunting {
+			if s.knocks.walking {
+				s.goHome() // it was cut short
+			}
 			s.endHunt("no longer needed")
 		}
 		return
@@ -36,9 +39,15 @@ func (s *KeyRotationScheduler) hunt() {
 		s.pollBefore = time.Time{}
 		s.huntProbe = s.now
 		why := "no handshake succeeds"
+		switch {
+		case s.knocks.walking:
+			s.stepAt = s.knocks.last.Add(s.dwell())
+		case s.unanswered():
+			s.knocks.last = s.now
+			s.walk()
+		}
 		if s.knocks.walking {
 			why = "there is no link, and nobody answers"
-			s.stepAt = s.knocks.last.Add(s.dwell())
 		}
 		s.note(NoteHunting, none, fmt.Sprintf("%s; candidates for the key of the other end: %d", why, len(candidates)))
 	}
@@ -106,9 +115,6 @@ func (s *KeyRotationScheduler) dwell() time.Duration {
 
 func (s *KeyRotationScheduler) endHunt(why string) {
 	s.hunting = false
-	if s.knocks.walking {
-		s.rest()
-	}
 	s.pollBefore = time.Time{}
 	key := none
 	if in := s.installed; in != nil {
@@ -121,4 +127,7 @@ func (s *KeyRotationScheduler) endHunt(why string) {
 		}
 	}
 	s.note(NoteHuntEnded, key, why)
+	if s.knocks.walking {
+		s.rest()
+	}
 }

@@ -23,7 +23,10 @@ type knocks struct {
 // time. The client dials, which is something to send.
 func (s *KeyRotationScheduler) knock() {
 	k := &s.knocks
-	if s.tunnel.config.Role != Server || !s.inside || s.tunnel.linked || s.stopping || s.hunting && !k.walking {
+	if !s.knocksFor() || s.tunnel.linked || s.stopping || s.hunting && !k.walking {
+		if k.walking && !(s.tunnel.linked && s.inside) { // otherwise a handshake has come
+			s.goHome()
+		}
 		*k = knocks{probed: k.probed}
 		return
 	}
@@ -53,16 +56,48 @@ func (s *KeyRotationScheduler) knock() {
 // walk has the hunt try each candidate once: nothing has answered the knock, for
 // there is nobody, or nobody with that key.
 func (s *KeyRotationScheduler) walk() {
-	if s.installed == nil {
+	home := s.installed
+	if home == nil || !slices.Contains(s.tunnel.records, home) { // there is no way back to it
 		s.rest()
 		return
 	}
-	s.knocks.walking, s.knocks.home = true, s.installed.name()
+	if base := s.tunnel.base(); home.found() && base != nil && s.usable(base) {
+		home = base
+	}
+	s.knocks.walking, s.knocks.home = true, home.name()
 }
 
-// rest ends a knock and its walk.
+// unanswered says that a hunt which is about to begin is a walk: there is no sign
+// of the other end but that what is sent finds no answer.
+func (s *KeyRotationScheduler) unanswered() bool {
+	since := s.trying[0]
+	if u := s.unheard[0]; since.IsZero() || !u.IsZero() && u.Before(since) {
+		since = u
+	}
+	return !s.tunnel.linked && s.knocksFor() && s.received.Before(since)
+}
+
+// knocksFor says that this end is the one that knocks.
+func (s *KeyRotationScheduler) knocksFor() bool { return s.tunnel.config.Role == Server && s.inside }
+
+// goHome has the key set again that was installed before the walk, or the newest
+// that both ends agreed on: neither a walk nor a rotator ends on another.
+func (s *KeyRotationScheduler) goHome() {
+	home := s.tunnel.record(s.knocks.home)
+	if !s.knocks.walking {
+		home = s.tunnel.base()
+	}
+	if home != nil && home != s.installed && s.usable(home) {
+		s.installed, s.restoreAt = home, s.now
+	}
+}
+
+// rest ends a knock and its walk. What nobody answered is no evidence for another.
 func (s *KeyRotationScheduler) rest() {
 	k := &s.knocks
+	if k.walking && !s.received.After(k.last) {
+		s.trying, s.unheard = [2]time.Time{}, [2]time.Time{}
+	}
 	k.last, k.walking, k.homeward = time.Time{}, false, false
 	k.next = s.now.Add(min(max(s.now.Sub(k.lost)/8, knockFirst), knockMost))
 	s.at(k.next)
@@ -72,14 +107,18 @@ func (s *KeyRotationScheduler) rest() {
 // through, or once the other end is heard. It never ends on another key.
 func (s *KeyRotationScheduler) onwards(next *record, candidates []*record) *record {
 	k := &s.knocks
-	if !k.walking || !k.homeward && next.name() != k.home {
+	if !k.walking {
 		return next
 	}
-	k.homeward = true
-	if i := slices.IndexFunc(candidates, func(r *record) bool { return r.name() == k.home }); i >= 0 {
-		return candidates[i]
+	i := slices.IndexFunc(candidates, func(r *record) bool { return r.name() == k.home })
+	switch {
+	case i >= 0 && !k.homeward && next != candidates[i]:
+		return next
+	case i < 0: // it may not be set any more
+		i = 0
 	}
-	return candidates[0]
+	k.homeward = true
+	return candidates[i]
 }
 
 // knocking says that what WireGuard sends may come of a knock alone.

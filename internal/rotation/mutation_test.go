@@ -137,7 +137,7 @@ var mutations = []mutation{
 		{"renew.go", "s.peerBlank() || s.peerPutBack()", "s.peerBlank()"},
 	}},
 	{"the server knocks without a link", "TestTrace|TestClock", []edit{
-		{"knock.go", "if s.tunnel.config.Role != Server ||", "if true || s.tunnel.config.Role != Server ||"},
+		{"knock.go", "if !s.knocksFor() || s.tunnel.linked", "if true || s.tunnel.linked"},
 	}},
 	{"a knock is no sign of anything", "TestKnock", []edit{
 		{"observe.go", "echo := received == 0 && s.knocking()", "echo := false && s.knocking()"},
@@ -146,7 +146,31 @@ var mutations = []mutation{
 		{"knock.go", "if s.due(k.last.Add(DeadAfter)) {", "if false {"},
 	}},
 	{"a walk ends where it began", "TestKnock", []edit{
-		{"knock.go", "if !k.walking || !k.homeward && next.name() != k.home {", "if !k.walking || !k.homeward {"},
+		{"knock.go", "!k.homeward && next != candidates[i]", "!k.homeward"},
+	}},
+	{"a walk that a stop cuts short goes home", "TestWalkCutShort", []edit{
+		{"scheduler.go", "if s.hunting && s.op == nil && s.installed != nil &&", "if false && s.installed != nil &&"},
+	}},
+	{"a walk that is cut short goes home", "TestWalkCutShort", []edit{
+		{"hunt.go", "s.goHome() // it was cut short", "_ = s"},
+	}},
+	{"a hunt that hears nothing is a walk", "TestVanish", []edit{
+		{"hunt.go", "case s.unanswered():", "case false:"},
+	}},
+	{"a handshake since the last report may be of after the snapshot", "TestLiveSession", []edit{
+		{"scheduler.go", "s.handshakeAt.Before(s.reportedAt), 0", "true, 0"},
+	}},
+	{"a dump before the peer is made anew", "TestLiveSession", []edit{
+		{"renew.go", "if !lost && s.last.Began.Before(s.renewAt) {", "if false {"},
+	}},
+	{"a report of after the silence", "TestLiveSession|TestTrace", []edit{
+		{"renew.go", "if s.reportedAt.Sub(since) < blankLate || ", "if "},
+		{"renew.go", "by := later(since.Add(BlankAfter), s.reportedAt)", "by := since.Add(BlankAfter)"},
+	}},
+	{"an end that sees nothing of its WireGuard tells nothing of it", "TestLiveSession", []edit{
+		{"scheduler.go", "blank := s.ready && s.last", "blank := s.last"},
+		{"scheduler.go", " && s.now.Sub(s.last.Began) <= blankLate", ""},
+		{"renew.go", " && !s.peer.Missing && !s.peer.Blocked", ""},
 	}},
 	{"a walk ends when the other end is heard", "TestKnock", []edit{
 		{"knock.go", "if heard && !k.homeward {", "if false {"},

@@ -42,7 +42,7 @@ func (s *KeyRotationScheduler) unheeded() bool {
 // agreeing says that the ends talk and have the same key installed: whatever
 // keeps handshakes from succeeding is not that.
 func (s *KeyRotationScheduler) agreeing() bool {
-	return s.tunnel.linked && s.peer != nil && s.ready && s.absent == 0 && s.installed != nil && !s.differs()
+	return s.tunnel.linked && s.peer != nil && s.ready && s.absent == 0 && s.installed != nil && !s.differs() && !s.peer.Missing && !s.peer.Blocked
 }
 
 // peerTrying says that the peer, which has the same key installed, tries to
@@ -81,9 +81,21 @@ func (s *KeyRotationScheduler) renew() {
 			}
 		}
 	}
-	if s.due(s.renewAt) && (s.notRenewed.IsZero() || s.due(s.notRenewed)) {
-		s.begin(&operation{kind: opRenew})
+	if !s.due(s.renewAt) || !s.notRenewed.IsZero() && !s.due(s.notRenewed) {
+		return
 	}
+	if !lost && s.last.Began.Before(s.renewAt) { // it may have come meanwhile
+		s.pollFor(s.renewAt)
+		return
+	}
+	why := "no handshake succeeds, for a clock has gone back"
+	switch {
+	case lost && s.peerBack:
+		why = "the other end went back to an earlier state"
+	case lost:
+		why = "the other end has lost the session"
+	}
+	s.begin(&operation{kind: opRenew, why: why})
 }
 
 // deaf says that handshakes are wanted while the other end refuses those that
@@ -112,16 +124,21 @@ func (s *KeyRotationScheduler) peerBlank() bool {
 		return false
 	}
 	since := later(s.blankSince, s.received)
-	// The report tells of the newest dump there, which may be of before the last handshake.
-	if s.reportedAt.Sub(since) < max(blankLate, s.peer.Interval-blankLate) || !s.due(since.Add(BlankAfter)) {
+	// The report tells of a dump there, which may be of before the last handshake.
+	if s.reportedAt.Sub(since) < blankLate || !s.due(since.Add(BlankAfter)) {
 		return false
 	}
 	by := later(since.Add(BlankAfter), s.reportedAt)
-	if s.last.Began.Before(by) && !s.blankPoll.Equal(since) {
-		s.blankPoll = since
+	s.pollFor(by)
+	return !s.last.Began.Before(by)
+}
+
+// pollFor asks for a dump that begins no earlier than by, once.
+func (s *KeyRotationScheduler) pollFor(by time.Time) {
+	if s.last.Began.Before(by) && s.polledFor.Before(by) {
+		s.polledFor = s.now
 		s.out = append(s.out, Poll{})
 	}
-	return !s.last.Began.Before(by)
 }
 
 // peerPutBack says that the peer, the same process as before, is behind what it
@@ -132,23 +149,16 @@ func (s *KeyRotationScheduler) peerPutBack() bool {
 	return s.peerBack && s.agreeing() && s.hasSession()
 }
 
-// hasSession says that WireGuard may take a session for alive at this end, and
-// for some time yet.
+// hasSession says that WireGuard may take a session for alive at this end.
 func (s *KeyRotationScheduler) hasSession() bool {
-	return !s.last.Handshake.IsZero() && s.now.Sub(s.born) < SessionLife-nearlyDead
+	return !s.last.Handshake.IsZero() && s.now.Sub(s.born) < SessionLife
 }
 
 // renewed ends an operation of W3.
-func (s *KeyRotationScheduler) renewed(err error) {
-	why := "no handshake succeeds, for a clock has gone back"
-	switch {
-	case s.peerBack:
-		why = "the other end went back to an earlier state"
-	case !s.blankSince.IsZero():
-		why = "the other end has lost the session"
-	}
-	s.renewAt, s.notRenewed = time.Time{}, s.now.Add(renewRetry)
+func (s *KeyRotationScheduler) renewed(why string, err error) {
+	s.renewAt, s.notRenewed = time.Time{}, s.now.Add(renewAgain)
 	if err != nil {
+		s.notRenewed = s.now.Add(renewRetry)
 		s.failedTo("remove the peer from WireGuard and add it again: " + err.Error())
 		return
 	}

@@ -96,9 +96,9 @@ const (
 	knockEcho    = 95 * time.Second // W4: in which it may be a knock that makes WireGuard try, which it does for 90 s
 	knockMost    = time.Hour        // W4: of rest, long after the link was lost
 	clockBack    = 5 * time.Second  // W3: less is no step of a clock
-	nearlyDead   = 10 * time.Second // W3: of a session's life, in which the other end's view may be ahead
-	blankLate    = 2 * time.Second  // W3: by which a report may be older; of a hub, most of its interval
-	renewRetry   = time.Minute      // W3: between two
+	blankLate    = 3 * time.Second  // W3: by which a report of no handshake may be older, at either end
+	renewAgain   = 20 * time.Second // W3: between two
+	renewRetry   = time.Minute      // W3: after one that failed
 	lateBeats    = 2                // L5: heartbeats that may be missing before the client dials a second connection
 	silentBeats  = 4                // L5: before the link is closed
 	maxRecords   = 16               // keys in the scheduler's hands, of which a few are usual

@@ -88,7 +88,7 @@ type KeyRotationScheduler struct {
 	toldBlank     bool      // the peer was told that WireGuard has had no handshake
 	helpAt        time.Time // no further probe for the peer's sake before
 	blankSince    time.Time // the peer's WireGuard has had no handshake, and this end's has
-	blankPoll     time.Time // for a silence since this moment a dump was asked for
+	polledFor     time.Time // when W3 asked for a dump
 	renewAt       time.Time // zero: no renewal is due
 	inside        bool      // the last link ran inside the tunnel, or the first one will
 	knocks        knocks
@@ -131,6 +131,7 @@ type operation struct {
 	attempt uint32 // server: of the commit to answer
 	token   uint64
 	since   time.Time // of the last question or retry
+	why     string    // renew
 }
 
 // NewKeyRotationScheduler returns the scheduler of a tunnel, waiting for the
@@ -174,6 +175,9 @@ func (s *KeyRotationScheduler) Step(now time.Time, e Event) []Effect {
 	case Stop:
 		if s.stopping {
 			s.bye() // waited long enough
+		}
+		if s.hunting && s.op == nil && s.installed != nil && (s.knocks.walking || s.installed.found()) {
+			s.goHome()
 		}
 		s.stopping = true
 	case Received:
@@ -302,7 +306,7 @@ func (s *KeyRotationScheduler) listen() {
 		s.out = append(s.out, CloseLink{})
 	}
 	late := s.tunnel.config.Role == Client && s.peer != nil && s.due(s.heard.Add(lateBeats*interval))
-	if late != s.late {
+	if late != s.late && s.session != (wire.SessionID{}) { // otherwise the link has just gone
 		s.late = late
 		s.out = append(s.out, Redial{Wanted: late})
 	}
@@ -314,8 +318,9 @@ func (s *KeyRotationScheduler) report() {
 	if !t.linked || s.session == (wire.SessionID{}) {
 		return
 	}
-	blank := s.last.Handshake.IsZero()
-	if !s.reportNow && s.failing == s.told && blank == s.toldBlank && !s.reportAt.IsZero() && !s.due(s.reportAt) {
+	blank := s.ready && s.last.Handshake.IsZero() && s.now.Sub(s.last.Began) <= blankLate
+	handshake := s.toldBlank && !s.last.Handshake.IsZero()
+	if !s.reportNow && s.failing == s.told && !handshake && !s.reportAt.IsZero() && !s.due(s.reportAt) {
 		return
 	}
 	s.told, s.toldBlank = s.failing, blank
@@ -382,7 +387,8 @@ func (s *KeyRotationScheduler) reported(m *wire.Report) {
 	}
 	t := s.tunnel
 	if m.Seq <= s.peerHigh {
-		s.peerBack, s.peerHigh = true, 0
+		// A handshake since the last report may be one of after that.
+		s.peerBack, s.peerHigh = s.handshakeAt.Before(s.reportedAt), 0
 	}
 	s.peer, s.peerSeq, s.peerHigh, s.reportedAt = m, m.Seq, max(s.peerHigh, m.Seq), s.now
 	in := s.installed

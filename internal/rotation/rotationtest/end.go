@@ -46,6 +46,7 @@ type End struct {
 	JournalDoubt bool          // saving is reported to fail, but does not
 	DeviceBad    bool          // setting fails
 	DeviceDoubt  bool          // setting is reported to fail, but does not
+	Blind        bool          // dumps fail
 	Gone         bool          // WireGuard does not know the peer
 	WallOffset   time.Duration // of the wall clock
 
@@ -365,6 +366,9 @@ func (e *End) poll() {
 const jump = 5 * time.Second
 
 func (e *End) observed(began, wall time.Time, d device) {
+	if e.Blind {
+		return
+	}
 	parted := e.WallOffset + e.slept
 	e.scheduler(rotation.Observed{
 		Began: began, Wall: wall, Present: !e.Gone, PSK: d.psk.Clone(),
@@ -530,6 +534,10 @@ func (e *End) effect(f rotation.Effect, generator bool) {
 		}
 		if !e.DeviceBad && !e.Gone {
 			w.trace("%s: removes the peer and adds it again", names[e.index])
+			if w.tunnelWorks() {
+				w.Ended++
+				w.trace("%s: ends a session that both have", names[e.index])
+			}
 			e.forgetPeer(e.device.psk)
 		}
 		later(rotation.Set{Token: f.Token, Err: err})

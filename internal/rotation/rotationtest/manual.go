@@ -3,6 +3,7 @@ package rotationtest
 import (
 	"time"
 
+	"keyturn/internal/psk"
 	"keyturn/internal/rotation"
 	"keyturn/internal/wire"
 )
@@ -35,6 +36,9 @@ func (e *End) Stop() {
 		return
 	}
 	e.scheduler(rotation.Stop{})
+	if !e.world.Until(time.Second, e.sched.Stopped) {
+		e.scheduler(rotation.Stop{})
+	}
 	e.up = false
 	e.life++
 	e.world.trace("%s: stops", names[e.index])
@@ -54,6 +58,9 @@ func (e *End) Add() {
 
 // Tunnel returns what the end's two machines share.
 func (e *End) Tunnel() *rotation.Tunnel { return e.tunnel }
+
+// InDevice returns the fingerprint of the PSK in WireGuard.
+func (e *End) InDevice() psk.Fingerprint { return e.device.psk.Fingerprint() }
 
 // Up reports whether the rotator runs.
 func (e *End) Up() bool { return e.up }

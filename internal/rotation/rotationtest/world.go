@@ -49,6 +49,7 @@ type World struct {
 	Link   Link
 	KMS    KMS
 	Tunnel Network
+	Ended  int // sessions that a renewal ended though both ends had them
 
 	rng      *rand.Rand
 	random   *rand.ChaCha8
