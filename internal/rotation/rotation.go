@@ -71,7 +71,7 @@ const (
 	HuntEvidence  = 10 * time.Second        // H1: two retries of 5 s: the third attempt has begun
 	DeadAfter     = 25 * time.Second        // H1: of sending unheard: WireGuard's 15 s and two retries
 	TryingAfter   = 7 * time.Second         // W1: an attempt and WireGuard's first retry had no success
-	BlankAfter    = 4 * time.Second         // W3: nothing heard of a peer that has lost the session
+	BlankAfter    = 5 * time.Second         // W3: nothing heard of a peer that has lost the session; by then WireGuard has tried again
 	RenewAfter    = 2 * time.Second         // W3: in which the other end may begin a handshake; 3 s at the client
 	HuntRepair    = 30 * time.Second        // H1: repair without success
 	ClientDwell   = 12 * time.Second        // H3
