@@ -126,6 +126,7 @@ type host struct {
 	sent     int
 	lost     int
 	answered time.Time // when the newest answered one was sent
+	lostAt   time.Time // when the ping was sent that was last found lost
 }
 
 // everMade keeps all devices and their peers reachable: wireguard-go drains its
@@ -452,6 +453,7 @@ func (h *host) sweep() {
 		if time.Since(at) > answerTime {
 			delete(h.pings, seq)
 			h.lost++
+			h.lostAt = at
 		}
 	}
 }

@@ -525,7 +525,9 @@ func (w *week) strike() string {
 	w.strikes++
 	_, lost, _ := w.hosts.traffic()
 	if lost != before {
-		return fmt.Sprintf("%d pings lost in calm, after the faults before", lost-before)
+		a, b := w.hosts.ends[0], w.hosts.ends[1]
+		return fmt.Sprintf("%d pings lost in calm, after the faults before; the newest were sent at %s and %s", lost-before,
+			a.lostAt.Format(time.StampMilli), b.lostAt.Format(time.StampMilli))
 	}
 	if calm > 4*time.Minute && w.count(0, rotation.NoteConfirmed) == confirmed {
 		return "no key was confirmed in four minutes of calm"
