@@ -15,7 +15,7 @@ func (s *KeyRotationScheduler) hunt() {
 		return
 	}
 	if !s.huntDue() {
-		if s.hunting {
+		if s.hunting && !s.stepping() {
 			if s.knocks.walking {
 				s.goHome() // it was cut short
 			}
@@ -62,6 +62,7 @@ func (s *KeyRotationScheduler) hunt() {
 		s.at(s.huntProbe)
 		if s.knocks.walking {
 			s.knocks.probed = s.now
+			s.huntProbe = s.now.Add(ServerDwell) // WireGuard tries for longer than that
 		}
 		s.out = append(s.out, Probe{})
 	}

@@ -16,6 +16,7 @@ type knocks struct {
 	walking  bool
 	home     wire.Named // what was installed when the walk began
 	homeward bool       // the walk's next step goes there, and ends it
+	leaving  time.Time  // the rotator stops in a walk, and waits for a dump that begins after
 }
 
 // knock is W4: without a link, and where that runs inside the tunnel, this end
@@ -23,6 +24,9 @@ type knocks struct {
 // time. The client dials, which is something to send.
 func (s *KeyRotationScheduler) knock() {
 	k := &s.knocks
+	if !k.leaving.IsZero() || s.stepping() {
+		return
+	}
 	if !s.knocksFor() || s.tunnel.linked || s.stopping || s.hunting && !k.walking {
 		if k.walking && !(s.tunnel.linked && s.inside) { // otherwise a handshake has come
 			s.goHome()
@@ -80,14 +84,26 @@ func (s *KeyRotationScheduler) unanswered() bool {
 // knocksFor says that this end is the one that knocks.
 func (s *KeyRotationScheduler) knocksFor() bool { return s.tunnel.config.Role == Server && s.inside }
 
-// goHome has the key set again that was installed before the walk, or the newest
-// that both ends agreed on: neither a walk nor a rotator ends on another.
-func (s *KeyRotationScheduler) goHome() {
-	home := s.tunnel.record(s.knocks.home)
-	if !s.knocks.walking {
-		home = s.tunnel.base()
+// leave is the end of a walk as the rotator stops: the key is set again that it
+// had, unless a handshake has come.
+func (s *KeyRotationScheduler) leave() {
+	k := &s.knocks
+	switch {
+	case k.leaving.IsZero() || s.op != nil:
+	case !k.walking:
+		k.leaving = time.Time{}
+	case s.last.Began.After(k.leaving):
+		s.goHome()
+		*k = knocks{}
 	}
-	if home != nil && home != s.installed && s.usable(home) {
+}
+
+// stepping says that a step is under way: what is installed is not settled.
+func (s *KeyRotationScheduler) stepping() bool { return s.op != nil && s.op.kind == opStep }
+
+// goHome has the key set again that was installed before the walk.
+func (s *KeyRotationScheduler) goHome() {
+	if home := s.tunnel.record(s.knocks.home); home != nil && home != s.installed && s.usable(home) {
 		s.installed, s.restoreAt = home, s.now
 	}
 }

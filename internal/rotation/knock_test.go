@@ -137,3 +137,28 @@ func TestVanish(t *testing.T) {
 		t.Errorf("in six hours %d steps; for %d of 360 minutes the server has another key", n, away)
 	}
 }
+
+// TestStopMet: the ends have just met on a walk's key, and the rotator of the one
+// that walked is stopped before a dump has shown it.
+func TestStopMet(t *testing.T) {
+	for seed := range uint64(20) {
+		w := rotationtest.New(rotationtest.Options{Seed: seed, Inside: true, Fallback: true, Listens: [2]bool{false, true}})
+		w.Run(5 * time.Minute)
+		client := w.Ends[rotationtest.Client]
+		w.Handshake(rotationtest.Client)
+		w.Run(time.Second)
+		client.Reboot()
+		w.Tunnel.Cut = true
+		client.WallOffset -= 5 * time.Hour
+		w.Run(20 * time.Second)
+		w.Tunnel.Cut = false
+		client.Start()
+		for !w.Works() {
+			w.Run(time.Millisecond)
+		}
+		w.Ends[rotationtest.Server].Stop()
+		if down := w.Outage(20 * time.Minute); down > 3*time.Minute {
+			t.Errorf("seed %d: the tunnel did not work for %v", seed, down)
+		}
+	}
+}

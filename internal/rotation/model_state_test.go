@@ -124,7 +124,7 @@ var rules = map[string]rule{
 	"KeyRotationScheduler.reportAt": due, "KeyRotationScheduler.notBefore": due, "KeyRotationScheduler.nextNotBefore": due,
 	"KeyRotationScheduler.forgive": due, "KeyRotationScheduler.stepAt": due, "KeyRotationScheduler.huntProbe": due,
 	"KeyRotationScheduler.restoredAt": skip, "KeyRotationScheduler.restoreAt": due, "KeyRotationScheduler.rotations": skip,
-	"KeyRotationScheduler.received": brief, "KeyRotationScheduler.helpAt": due, "KeyRotationScheduler.renewAt": due, "KeyRotationScheduler.polledFor": skip, "operation.why": skip, "KeyRotationScheduler.reportedAt": brief, "KeyRotationScheduler.notRenewed": skip,
+	"KeyRotationScheduler.received": brief, "KeyRotationScheduler.helpAt": due, "KeyRotationScheduler.renewAt": due, "KeyRotationScheduler.polledFor": skip, "KeyRotationScheduler.toldDump": brief, "operation.why": skip, "KeyRotationScheduler.reportedAt": brief, "KeyRotationScheduler.notRenewed": skip,
 	"knocks.next": due, "knocks.last": stamped,
 	// The model carries no Redial out.
 	"KeyRotationScheduler.late": skip,

@@ -149,7 +149,13 @@ var mutations = []mutation{
 		{"knock.go", "!k.homeward && next != candidates[i]", "!k.homeward"},
 	}},
 	{"a walk that a stop cuts short goes home", "TestWalkCutShort", []edit{
-		{"scheduler.go", "if s.hunting && s.op == nil && s.installed != nil &&", "if false && s.installed != nil &&"},
+		{"scheduler.go", "if !s.stopping && s.knocks.walking {", "if false {"},
+	}},
+	{"a walk that a stop cuts short looks for a handshake first", "TestStopMet", []edit{
+		{"knock.go", "case s.last.Began.After(k.leaving):", "default:"},
+	}},
+	{"a hub tells of each dump without a handshake", "TestHubClock", []edit{
+		{"scheduler.go", "again := blank && s.last", "again := false && s.last"},
 	}},
 	{"a walk that is cut short goes home", "TestWalkCutShort", []edit{
 		{"hunt.go", "s.goHome() // it was cut short", "_ = s"},

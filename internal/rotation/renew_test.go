@@ -120,6 +120,29 @@ func hubBehind(w *rotationtest.World, end int) {
 	w.Send(1 - end)
 }
 
+// TestHubClock: a hub, which dumps seldom, comes up with its clock set back and is
+// not heard; the other end has nothing to send, and learns from its reports that it
+// has lost the session.
+func TestHubClock(t *testing.T) {
+	for hub := range 2 {
+		for seed := range uint64(10) {
+			o := rotationtest.Options{Seed: seed}
+			o.Hub[hub], o.Listens[1-hub] = true, true
+			w := rotationtest.New(o)
+			w.Run(5 * time.Minute)
+			w.Handshake(hub)
+			w.Run(15 * time.Second)
+			e := w.Ends[hub]
+			e.WallOffset -= 5 * time.Hour
+			e.Reboot()
+			e.Start()
+			if down := w.Outage(5 * time.Minute); down > 45*time.Second {
+				t.Errorf("hub %d, seed %d: the tunnel did not work for %v", hub, seed, down)
+			}
+		}
+	}
+}
+
 // TestFailing: an end that says that nothing gets through is right, and does so
 // soon, whether the link is there or not.
 func TestFailing(t *testing.T) {

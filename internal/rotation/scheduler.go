@@ -88,6 +88,7 @@ type KeyRotationScheduler struct {
 	toldBlank     bool      // the peer was told that WireGuard has had no handshake
 	helpAt        time.Time // no further probe for the peer's sake before
 	blankSince    time.Time // the peer's WireGuard has had no handshake, and this end's has
+	toldDump      time.Time // when the dump began that the last report told of
 	polledFor     time.Time // when W3 asked for a dump
 	renewAt       time.Time // zero: no renewal is due
 	inside        bool      // the last link ran inside the tunnel, or the first one will
@@ -176,15 +177,16 @@ func (s *KeyRotationScheduler) Step(now time.Time, e Event) []Effect {
 		if s.stopping {
 			s.bye() // waited long enough
 		}
-		if s.hunting && s.op == nil && s.installed != nil && (s.knocks.walking || s.installed.found()) {
-			s.goHome()
+		if !s.stopping && s.knocks.walking {
+			s.knocks.leaving = now
+			s.out = append(s.out, Poll{})
 		}
 		s.stopping = true
 	case Received:
 		s.receive(e.Message)
 	}
 	s.advance()
-	if s.stopping && s.op == nil {
+	if s.stopping && s.op == nil && s.knocks.leaving.IsZero() {
 		s.bye()
 	}
 	if s.tunnel.changed {
@@ -233,6 +235,7 @@ func (s *KeyRotationScheduler) advance() {
 	if s.tunnel.session != s.session {
 		s.newSession()
 	}
+	s.leave()
 	s.listen()
 	if s.due(s.saveAt) {
 		s.save()
@@ -319,11 +322,13 @@ func (s *KeyRotationScheduler) report() {
 		return
 	}
 	blank := s.ready && s.last.Handshake.IsZero() && s.now.Sub(s.last.Began) <= blankLate
+	// Of a hub's dumps a report that goes when it is due seldom tells in time.
+	again := blank && s.last.Began.Sub(s.toldDump) >= blankLate
 	handshake := s.toldBlank && !s.last.Handshake.IsZero()
-	if !s.reportNow && s.failing == s.told && !handshake && !s.reportAt.IsZero() && !s.due(s.reportAt) {
+	if !s.reportNow && s.failing == s.told && !again && !handshake && !s.reportAt.IsZero() && !s.due(s.reportAt) {
 		return
 	}
-	s.told, s.toldBlank = s.failing, blank
+	s.told, s.toldBlank, s.toldDump = s.failing, blank, s.last.Began
 	s.seq++
 	m := &wire.Report{
 		Session: s.session, Seq: s.seq, Interval: t.config.Heartbeat,

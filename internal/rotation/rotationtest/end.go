@@ -322,7 +322,7 @@ func (e *End) now() time.Time { return e.world.Now.Add(-e.slept) }
 
 // A hub polls seldom, for a dump takes long, and beats as seldom.
 const (
-	hubPoll      = 5 * time.Second
+	hubPoll      = 10 * time.Second
 	hubDump      = 500 * time.Millisecond
 	hubHeartbeat = 15 * time.Second
 )
