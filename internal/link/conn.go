@@ -112,7 +112,8 @@ func (c *Conn) writeBatch(b []byte) error {
 // ErrSilent when no frame begins within the limit of SetSilence or when one
 // that began is not complete within five seconds, with ErrFrame when one is
 // announced that is empty or too long, and with what is io.EOF to errors.Is
-// when the other end closed the connection between two frames. Frames that were queued here when
+// when the other end closed the connection between two frames. Frames that
+// were queued here when
 // Close was called are lost.
 func (c *Conn) Receive() ([]byte, error) {
 	if err := c.await(); err != nil {

@@ -99,9 +99,9 @@ type (
 	// CloseLink ends the link: the peer has been silent for too long.
 	CloseLink struct{}
 	// Redial asks for a second connection beside the one that stands, which
-	// has fallen silent; it replaces that one once both ends have proved
-	// themselves on it. Where it is not Wanted, it is no longer: the peer
-	// was heard, or there is a new link. Only a client asks.
+	// has fallen silent; it replaces that one with its first message. Where
+	// it is not Wanted, it is no longer: the peer was heard, or there is a
+	// new link. Only a client asks.
 	Redial struct{ Wanted bool }
 	// Fetch asks the KMS for a key: a fresh one if KeyID is empty, otherwise
 	// the one of that ID. It is answered by Fetched, at any time.
